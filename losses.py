@@ -3,21 +3,23 @@
     from losses import medslip_loss
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
-y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; any other value is ignored like -1.
+y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; other values count as -1.
 
 Differs from the paper:
-- ProtoCL's prototype stands in the denominator of Eq. 4 as well (as released): as printed the loss has no lower bound.
-- With unmentioned="ignore", the released recipe and the default here, only what a report states is scored; the paper, and
-  train.py's default, make everything not stated present negative: unmentioned="negative".
-Differs from the released code: nothing in the values. Its prototypes come from a loop over batch x queries on
-tensors [B,n,m,T]; a dot product with a mean is the mean of dot products, so one matrix [B,q,k] carries it all.
+- ProtoCL's prototype stands in the denominator of Eq. 4 as well (as released): as printed the loss
+  has no lower bound.
+- unmentioned="ignore", the released recipe and the default here, scores only what a report states;
+  unmentioned="negative", the paper and train.py's default, makes all that is not stated negative.
+Differs from the released code: nothing in the values. Its prototypes come from a loop over batch x
+queries on tensors [B,n,m,T]; a dot product with a mean is the mean of dot products, so one matrix
+[B,q,k] carries it all.
 """
 import torch
 import torch.nn.functional as F
 
 
 def image_labels(existence):
-    """[B,n,m] -> (pathology [B,m], anatomy [B,n]): 1 if present anywhere, else 0 if denied anywhere, else -1."""
+    """[B,n,m] -> (pathology [B,m], anatomy [B,n]): 1 present or else 0 denied anywhere, else -1."""
     def over(dim):
         present, denied = (existence == 1).any(dim), (existence == 0).any(dim)
         return torch.where(present, 1, torch.where(denied, 0, -1))
@@ -25,81 +27,89 @@ def image_labels(existence):
 
 
 def masked_mean(values, keep, count=None):
-    """Mean of `values` where `keep`; 0 when nothing is kept. `count` replaces the number kept: see `loss_counts`."""
+    """Mean of `values` where `keep`, 0 if nowhere; `count` (loss_counts) replaces their number."""
     count = keep.sum() if count is None else count
     return torch.where(keep, values, 0).sum() / torch.as_tensor(count).clamp(min=1e-9)
 
 
 def existence_loss(logits, labels, count=None):
     """Eq. 2: binary cross-entropy of logits [B,q] with labels [B,q] in {1,0,-1}; -1 is ignored."""
-    bce = F.binary_cross_entropy_with_logits(logits.float(), (labels == 1).float(), reduction="none")
+    bce = F.binary_cross_entropy_with_logits(logits.float(), (labels == 1).float(),
+                                             reduction="none")
     return masked_mean(bce, (labels == 0) | (labels == 1), count)
 
 
 def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=True, count=None):
     """Eqs. 3-4: one stream's queried embedding finds the other stream's concepts it occurs with.
 
-    z [B,q,T] projected queried embeddings; text [k,T] frozen vectors of the other stream's concepts; existence [B,q,k].
-    Queries without a positive carry no loss. `negatives` are drawn without replacement among concepts that are not
-    present, unmentioned ones included; fewer are used where there are fewer. negative_index [B,q,negatives] fixes the
-    draw (-1 = no candidate). prototype=False takes one positive at random instead of their mean (MedKLIP).
+    z [B,q,T] projected queried embeddings; text [k,T] frozen vectors of the other stream's
+    concepts; existence [B,q,k]. Queries without a positive carry no loss. `negatives` are drawn
+    without replacement among concepts that are not present, unmentioned ones included; fewer are
+    used where there are fewer. negative_index [B,q,negatives] fixes the draw (-1 = no candidate).
+    prototype=False takes one positive at random instead of their mean (MedKLIP).
     """
     z, text = z.float(), text.float()
-    present = existence == 1                                                            # [B,q,k]
-    similarity = z @ text.T                                                        # [B,q,k] Z_2 . T
+    present = existence == 1                                                    # [B,q,k]
+    similarity = z @ text.T                                                     # [B,q,k] Z_2 . T
     if prototype:  # Z . P = mean of Z . T+, with P of Eq. 3
         positive = torch.where(present, similarity, 0).sum(-1) / present.sum(-1).clamp(min=1)
     else:
         draw = torch.rand_like(similarity).masked_fill(~present, -1).argmax(-1, keepdim=True)
-        positive = similarity.gather(-1, draw).squeeze(-1)                              # [B,q]
-    if negative_index is None:  # the largest of independent uniform numbers: a draw without replacement
+        positive = similarity.gather(-1, draw).squeeze(-1)                      # [B,q]
+    if negative_index is None:  # the largest of uniform numbers are a draw without replacement
         noise = torch.rand_like(similarity).masked_fill(present, -1)
-        negative_index = noise.topk(min(negatives, len(text)), dim=-1).indices     # [B,q,negatives]
+        negative_index = noise.topk(min(negatives, len(text)), dim=-1).indices  # [B,q,negatives]
     chosen = negative_index.clamp(min=0)
     usable = (negative_index >= 0) & ~present.gather(-1, chosen)
     negative = similarity.gather(-1, chosen).masked_fill(~usable, float("-inf"))
-    logits = torch.cat([positive.unsqueeze(-1), negative], dim=-1)               # [B,q,1+negatives]
-    return masked_mean(logits.logsumexp(-1) - positive, present.any(-1), count)         # Eq. 4
+    logits = torch.cat([positive.unsqueeze(-1), negative], dim=-1)              # [B,q,1+negatives]
+    return masked_mean(logits.logsumexp(-1) - positive, present.any(-1), count)  # Eq. 4
 
 
 def icl_loss(relation_logits, existence, count=None):
-    """Eq. 6: binary cross-entropy of the pair logits [B,n,m] with existence [B,n,m]; cells other than 0 and 1 ignored."""
+    """Eq. 6: binary cross-entropy of pair logits [B,n,m] where existence [B,n,m] is 0 or 1."""
     return existence_loss(relation_logits, existence, count)
 
 
 def loss_counts(existence, unmentioned="ignore"):
     """How many terms each masked mean of `medslip_loss` averages: float [5].
 
-    Order: pathology existence, anatomy existence, pathology ProtoCL, anatomy ProtoCL, ICL. The mean of several
-    ranks' or micro-batches' means is not the mean over the global batch; dividing each part by the global count over
-    the number of parts is. Labels alone determine it, so it is known before the forward pass.
+    Order: pathology existence, anatomy existence, pathology ProtoCL, anatomy ProtoCL, ICL. The mean
+    of several ranks' or micro-batches' means is not the mean over the global batch; dividing each
+    part by the global count over the number of parts is. Labels alone determine it, so it is known
+    before the forward pass.
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)
     pathology, anatomy = image_labels(existence)
-    return torch.stack([(pathology >= 0).sum(), (anatomy >= 0).sum(), (pathology == 1).sum(), (anatomy == 1).sum(),
+    return torch.stack([(pathology >= 0).sum(), (anatomy >= 0).sum(),
+                        (pathology == 1).sum(), (anatomy == 1).sum(),
                         ((existence == 0) | (existence == 1)).sum()]).float()
 
 
-def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1.0, contrast="prototype",
-                 unmentioned="ignore", negatives=7, pathology_negatives=None, anatomy_negatives=None, counts=None):
+def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1.0,
+                 contrast="prototype", unmentioned="ignore", negatives=7,
+                 pathology_negatives=None, anatomy_negatives=None, counts=None):
     """Eq. 7: existence + alpha ProtoCL + beta ICL, each but ICL summed over the streams.
 
-    out: the model's output; existence [B,n,m]; texts [m,T], [n,T]. contrast: prototype | random | none.
-    pathology_negatives [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives] pathologies. counts: see
-    `loss_counts`. Returns {"loss", "existence", "protocl", "icl"}; an alpha or beta of 0 still reports its part.
+    out: the model's output; existence [B,n,m]; texts [m,T], [n,T]. contrast: prototype | random |
+    none. pathology_negatives [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives]
+    pathologies. counts: see `loss_counts`. Returns {"loss", "existence", "protocl", "icl"}; an
+    alpha or beta of 0 still reports its part.
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)
     counts = [None] * 5 if counts is None else counts.unbind()
     pathology, anatomy = image_labels(existence)
-    prototype, by_pathology = contrast != "random", existence.transpose(1, 2)           # [B,m,n]
+    prototype, by_pathology = contrast != "random", existence.transpose(1, 2)   # [B,m,n]
     exist = existence_loss(out.pathology_logits, pathology, counts[0])
-    proto = proto_loss(out.pathology_z, anatomy_text, by_pathology, negatives, pathology_negatives, prototype, counts[2])
+    proto = proto_loss(out.pathology_z, anatomy_text, by_pathology, negatives,
+                       pathology_negatives, prototype, counts[2])
     if out.anatomy_logits is not None:
         exist = exist + existence_loss(out.anatomy_logits, anatomy, counts[1])
-        proto = proto + proto_loss(out.anatomy_z, pathology_text, existence, negatives, anatomy_negatives, prototype,
-                                   counts[3])
+        proto = proto + proto_loss(out.anatomy_z, pathology_text, existence, negatives,
+                                   anatomy_negatives, prototype, counts[3])
     icl = icl_loss(out.relation_logits, existence, counts[4])
     alpha = 0.0 if contrast == "none" else alpha
-    return {"loss": exist + alpha * proto + beta * icl, "existence": exist, "protocl": proto, "icl": icl}
+    return {"loss": exist + alpha * proto + beta * icl,
+            "existence": exist, "protocl": proto, "icl": icl}

@@ -1,20 +1,23 @@
-"""MeDSLIP's network: two streams that ask a radiograph what it shows and where (arXiv 2403.10635, Sec. II-B).
+"""MeDSLIP's network: two streams ask a radiograph what it shows and where (arXiv 2403.10635).
 
     from model import MeDSLIP
-    model = MeDSLIP.from_pretrained("out/ckpt.pt")    # ours, the published one, MedKLIP's, or a hub id
-    python model.py                           # one phantom walked from file to loss, shape by shape
+    model = MeDSLIP.from_pretrained("out/ckpt.pt")   # or the published one, MedKLIP's, a hub id
+    python model.py    # one phantom walked from report to loss, shape by shape
 
 One letter per axis, here and in every other file:
     B images   m pathologies   n anatomies   h, w token grid   C backbone channels
     D embedding width   T text vector width   k candidates of a contrastive choice
 
 Differs from the paper:
-- Eq. 5 puts a bare cosine through a sigmoid, which confines every probability to 0.27..0.73 while about 1.5 % of
-  the cells are positive; the cosine here has a learned scale and bias. `icl="bare"` is the printed form.
-- Tokens may carry a fixed 2-D position embedding (`position`; on in the CPU preset, off at the paper's sizes).
+- Eq. 5 puts a bare cosine through a sigmoid, which confines every probability to 0.27..0.73 while
+  about 1.5 % of the cells are positive; here the cosine has a learned scale and bias.
+  `icl="bare"` is the printed form.
+- Tokens may carry a fixed 2-D position embedding (`position`; on in the CPU preset, off at the
+  paper's sizes).
 Differs from the released code:
 - The mask passes a sigmoid as the paper says; released: none (`mask="linear"`).
-- ICL has the paper's projections Z1; released: the raw dot product of the queried embeddings (`icl="dot"`).
+- ICL has the paper's projections Z1; released: the plain dot product of the queried embeddings
+  (`icl="dot"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
 """
 import math
@@ -30,13 +33,13 @@ import torch.nn.functional as F
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, foreign or does not fit; the message says how to mend it."""
+    """A checkpoint that is missing, damaged, foreign or does not fit; the message says which."""
 
 
 @dataclass
 class MeDSLIPConfig:
-    backbone: str = "resnet50"  # resnet50 | resnet18 (torchvision, cut after layer3) | small (CPU preset)
-    image_size: int = 224    # pixels; the network takes any size, this is the one it was trained at
+    backbone: str = "resnet50"  # resnet50 | resnet18 (both up to layer3) | small (CPU preset)
+    image_size: int = 224       # pixels it was trained at; the network itself takes any size
     dim: int = 256              # D
     layers: int = 4             # of each query network
     heads: int = 4
@@ -45,7 +48,7 @@ class MeDSLIPConfig:
     position: bool = False      # 2-D position embedding on the tokens
     streams: str = "dual"       # dual | single (no mask, no anatomy stream: MedKLIP)
     mask: str = "sigmoid"       # sigmoid | linear
-    icl: str = "cosine"         # cosine (scale and bias learned) | bare (Eq. 5 as printed) | dot (as released)
+    icl: str = "cosine"         # cosine (learned scale, bias) | bare (as printed) | dot (released)
 
 
 @dataclass
@@ -64,7 +67,7 @@ class MeDSLIPOutput:
     anatomy_attention: torch.Tensor | None = None    # [B,n,h,w]
 
 
-# ------------------------------------------------------------------------------------------- image encoder E_I
+# -------------------------------------------------------------------------------- image encoder E_I
 
 class Residual(nn.Module):
     """Two 3x3 convolutions and a shortcut: the block of a ResNet-18 at constant width."""
@@ -72,7 +75,8 @@ class Residual(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
+            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
 
     def forward(self, x):
@@ -82,91 +86,103 @@ class Residual(nn.Module):
 def build_backbone(name):
     """-> (module: [B,3,H,W] -> [B,C,h,w], C, stride, centre of cell 0 in input pixels).
 
-    Attention is drawn back onto the image through the last two. A strided convolution with an odd kernel centres
-    output cell i on input pixel 2i; one with an even kernel on the middle of the pair, 2i + 0.5.
+    Attention is drawn back onto the image through the last two. A convolution of stride 2 with an
+    odd kernel centres output cell i on input pixel 2i; one with an even kernel on 2i + 0.5, the
+    middle of a pair of pixels.
     """
-    if name == "small":  # even kernels, so that cells tile the image evenly: centres 1.5, 5.5, 9.5, ...
+    if name == "small":  # even kernels: cells tile the image evenly, centres 1.5, 5.5, 9.5, ...
         def down(c_in, c_out):
-            return [nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
-        return nn.Sequential(*down(3, 32), Residual(32), *down(32, 96), Residual(96), Residual(96)), 96, 4, 1.5
+            return (nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out),
+                    nn.ReLU(inplace=True))
+        return nn.Sequential(*down(3, 32), Residual(32),
+                             *down(32, 96), Residual(96), Residual(96)), 96, 4, 1.5
     import torchvision
     resnet = getattr(torchvision.models, name)(weights=None)
-    # conv1 bn1 relu maxpool layer1 layer2 layer3: the published keys res_features.0 .. res_features.6
-    return nn.Sequential(*list(resnet.children())[:7]), {"resnet18": 256, "resnet50": 1024}[name], 16, 0.0
+    channels = {"resnet18": 256, "resnet50": 1024}[name]
+    # conv1 bn1 relu maxpool layer1 layer2 layer3: published as res_features.0 .. res_features.6
+    return nn.Sequential(*list(resnet.children())[:7]), channels, 16, 0.0
 
 
 def position_embedding(h, w, dim, device=None):
-    """[h*w, dim]: sines and cosines of the row (first half) and of the column (second half), periods 2..1000 cells."""
-    frequency = math.pi * torch.logspace(0, -2.7, dim // 4, device=device)              # [D/4]
-    row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-    angles = [axis.reshape(-1, 1) * frequency for axis in (row, column)]             # 2 x [h*w,D/4]
+    """[h*w, dim]: sine, cosine of the row, then of the column, at periods from 2 to 1000 cells."""
+    frequency = math.pi * torch.logspace(0, -2.7, dim // 4, device=device)      # [D/4]
+    row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device),
+                                 indexing="ij")                                 # [h,w] each
+    angles = [axis.reshape(-1, 1) * frequency for axis in (row, column)]        # 2 x [h*w,D/4]
     return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
-# ------------------------------------------------------------------------------------------------ query network Q
+# ---------------------------------------------------------------------------------- query network Q
 
 class QueryLayer(nn.Module):
-    """Pre-norm transformer decoder layer: queries look at each other, then at the image, then think."""
+    """Pre-norm decoder layer: queries look at each other, then at the image, then think."""
 
     def __init__(self, dim, heads, dropout):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.self_attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
         self.cross_attention = nn.MultiheadAttention(dim, heads, dropout, batch_first=True)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout),
+                                 nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries, tokens, need_attention):  # [B,q,D], [B,h*w,D]
         x = self.norm1(queries)
         queries = queries + self.dropout(self.self_attention(x, x, x, need_weights=False)[0])
         # without weights PyTorch takes its fused kernel; with them it returns [B,heads,q,h*w]
-        x, attention = self.cross_attention(self.norm2(queries), tokens, tokens, need_weights=need_attention,
-                                            average_attn_weights=False)
+        x, attention = self.cross_attention(self.norm2(queries), tokens, tokens,
+                                            need_weights=need_attention, average_attn_weights=False)
         queries = queries + self.dropout(x)
         return queries + self.dropout(self.ffn(self.norm3(queries))), attention
 
 
 class Stream(nn.Module):
-    """One stream, pathology or anatomy: its tokens, its query network and the heads on the queried embeddings."""
+    """One stream, pathology or anatomy: tokens, query network, heads on the queried embeddings."""
 
     def __init__(self, config, channels):
         super().__init__()
         dim = config.dim
-        self.embed = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, dim))
-        self.layers = nn.ModuleList(QueryLayer(dim, config.heads, config.dropout) for _ in range(config.layers))
+        self.embed = nn.Sequential(nn.Linear(channels, channels), nn.ReLU(),
+                                   nn.Linear(channels, dim))
+        self.layers = nn.ModuleList(QueryLayer(dim, config.heads, config.dropout)
+                                    for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
         self.existence = nn.Linear(dim, 1)            # p, the existence predictor
-        self.to_z2 = nn.Linear(dim, config.text_dim)  # Z_2: ProtoCL, compared with frozen text vectors
-        self.to_z1 = nn.Linear(dim, dim) if config.icl in ("cosine", "bare") and config.streams == "dual" else None
+        self.to_z2 = nn.Linear(dim, config.text_dim)  # Z_2: ProtoCL, against frozen text vectors
+        has_z1 = config.icl in ("cosine", "bare") and config.streams == "dual"
+        self.to_z1 = nn.Linear(dim, dim) if has_z1 else None  # Z_1: ICL
         self.dropout = nn.Dropout(config.dropout)
         self.position = config.position
 
     def forward(self, x, queries, grid, need_attention):  # x [B,h*w,C], queries [q,D]
-        tokens = self.embed(x)                                                          # [B,h*w,D]
+        tokens = self.embed(x)                                                  # [B,h*w,D]
         if self.position:
-            tokens = tokens + position_embedding(*grid, tokens.shape[-1], tokens.device).to(tokens.dtype)
-        queried, maps = queries.expand(len(x), -1, -1), []                              # [B,q,D]
+            position = position_embedding(*grid, tokens.shape[-1], tokens.device)  # [h*w,D]
+            tokens = tokens + position.to(tokens.dtype)
+        queried, maps = queries.expand(len(x), -1, -1), []                      # [B,q,D]
         for layer in self.layers:
             queried, attention = layer(queried, tokens, need_attention)
             maps.append(attention)
         queried = self.norm(queried)
-        logits = self.existence(self.dropout(queried)).squeeze(-1)                      # [B,q]
+        logits = self.existence(self.dropout(queried)).squeeze(-1)              # [B,q]
         return tokens, queried, logits, self.to_z2(queried), maps
 
 
-# --------------------------------------------------------------------------------------------------- whole model
+# -------------------------------------------------------------------------------------- whole model
 
 class MeDSLIP(nn.Module):
-    queries = None  # set by from_pretrained: both query sets' names, prompts and text vectors, and the text encoder
-    args = {}       # set by from_pretrained: the training flags
+    queries = None  # from_pretrained: text encoder; names, prompts and text vectors of both sets
+    args = {}       # from_pretrained: the training flags
 
     def __init__(self, config):
         super().__init__()
         self.config = config
-        assert config.dim % config.heads == 0, f"dim {config.dim} is not a multiple of heads {config.heads}"
-        assert not config.position or config.dim % 4 == 0, f"a position embedding needs dim {config.dim} % 4 == 0"
+        assert config.dim % config.heads == 0, \
+            f"dim {config.dim} is not a multiple of heads {config.heads}"
+        assert not config.position or config.dim % 4 == 0, \
+            f"a position embedding needs dim {config.dim} % 4 == 0"
         self.backbone, channels, self.stride, self.centre = build_backbone(config.backbone)
-        self.text_projection = nn.Linear(config.text_dim, config.dim)  # h_T, shared by both query sets
+        self.text_projection = nn.Linear(config.text_dim, config.dim)  # h_T, shared by the streams
         self.pathology = Stream(config, channels)
         if config.streams == "dual":
             self.mask = nn.Linear(channels, channels)
@@ -178,7 +194,7 @@ class MeDSLIP(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Released initialisation: N(0, 0.02) for linear and attention weights; convolutions keep torchvision's."""
+        """As released: linear and attention weights N(0, 0.02); the backbone keeps its own."""
         for name, p in self.named_parameters():
             if p.dim() == 2 and not name.startswith("backbone"):
                 nn.init.normal_(p, std=0.02)
@@ -186,25 +202,28 @@ class MeDSLIP(nn.Module):
     def forward(self, images, pathology_text, anatomy_text, need_attention=False):
         """Ask a batch every question of both query sets.
 
-        images [B,3,H,W], ImageNet-normalised; pathology_text [m,T] and anatomy_text [n,T], the frozen text vectors.
-        need_attention also returns the cross-attention maps, at the price of PyTorch's unfused attention.
+        images [B,3,H,W], ImageNet-normalised; pathology_text [m,T] and anatomy_text [n,T], the
+        frozen text vectors. need_attention also returns the cross-attention maps, at the price of
+        PyTorch's unfused attention.
         Returns a MeDSLIPOutput.
         """
-        x = self.backbone(images)                                                       # [B,C,h,w]
+        x = self.backbone(images)                                               # [B,C,h,w]
         grid = x.shape[-2:]
-        x = x.flatten(2).transpose(1, 2)                                           # [B,h*w,C] I^raw
-        pathology_queries = self.text_projection(pathology_text)                        # [m,D] T^p
+        x = x.flatten(2).transpose(1, 2)                                        # [B,h*w,C] I^raw
+        pathology_queries = self.text_projection(pathology_text)                # [m,D] T^p
         if self.config.streams == "single":
-            tokens, queried, logits, z2, maps = self.pathology(x, pathology_queries, grid, need_attention)
-            relation = torch.einsum("nt,bmt->bnm", anatomy_text.to(z2.dtype), z2)       # MedKLIP's place: z . T^a
+            tokens, queried, logits, z2, maps = self.pathology(
+                x, pathology_queries, grid, need_attention)
+            # MedKLIP's way to ask for the place: z . T^a
+            relation = torch.einsum("nt,bmt->bnm", anatomy_text.to(z2.dtype), z2)  # [B,n,m]
             return MeDSLIPOutput(logits, None, queried, None, z2, None, relation, tokens, None,
                                  mean_map(maps, grid) if need_attention else None)
         mask = self.mask(x)
         if self.config.mask == "sigmoid":
-            mask = mask.sigmoid()                                                       # M in 0..1
-        p_tokens, p_queried, p_logits, p_z2, p_maps = self.pathology(       # Eq. 1: I^p = M * I^raw
+            mask = mask.sigmoid()                                               # M in 0..1
+        p_tokens, p_queried, p_logits, p_z2, p_maps = self.pathology(  # Eq. 1: I^p = M * I^raw
             mask * x, pathology_queries, grid, need_attention)
-        a_tokens, a_queried, a_logits, a_z2, a_maps = self.anatomy(     # Eq. 1: I^a = (1-M) * I^raw
+        a_tokens, a_queried, a_logits, a_z2, a_maps = self.anatomy(    # Eq. 1: I^a = (1-M) * I^raw
             (1 - mask) * x, self.text_projection(anatomy_text), grid, need_attention)
         return MeDSLIPOutput(
             p_logits, a_logits, p_queried, a_queried, p_z2, a_z2, self.relate(p_queried, a_queried),
@@ -216,36 +235,40 @@ class MeDSLIP(nn.Module):
         """[B,m,D], [B,n,D] -> relation logits [B,n,m]: does pathology j exist at anatomy i?"""
         if self.config.icl == "dot":
             return anatomy_queried @ pathology_queried.transpose(1, 2)
-        z1_p = F.normalize(self.pathology.to_z1(pathology_queried).float(), dim=-1)     # Z_1^p
-        z1_a = F.normalize(self.anatomy.to_z1(anatomy_queried).float(), dim=-1)         # Z_1^a
-        s = z1_a @ z1_p.transpose(1, 2)                                              # [B,n,m] Eq. 5
+        z1_p = F.normalize(self.pathology.to_z1(pathology_queried).float(), dim=-1)  # Z_1^p
+        z1_a = F.normalize(self.anatomy.to_z1(anatomy_queried).float(), dim=-1)  # Z_1^a
+        s = z1_a @ z1_p.transpose(1, 2)                                         # [B,n,m] Eq. 5
         return self.icl_scale * s + self.icl_bias if self.config.icl == "cosine" else s
 
     def cell_centres(self):
-        """-> (offset, stride): token cell i looks at input pixel offset + stride * i, along either axis."""
+        """-> (offset, stride): along either axis cell i is centred on pixel offset + stride * i."""
         return self.centre, self.stride
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id, map_location="cpu"):
-        """A model in eval mode from this project's checkpoint, the published MeDSLIP or a MedKLIP one.
+        """A model in eval mode from this project's checkpoint, a published MeDSLIP or MedKLIP one.
 
-        Every tensor must find its place: CheckpointError names each that does not, but for HARMLESS ones. Nothing in
-        the file is executed (`weights_only=True`). A hub id such as pykale/MeDSLIP is downloaded by huggingface_hub.
+        Every tensor must find its place: CheckpointError names each that does not, but for HARMLESS
+        ones. Nothing in the file is executed (`weights_only=True`). A hub id such as pykale/MeDSLIP
+        is downloaded by huggingface_hub.
         """
         path = locate(path_or_hub_id)
         checkpoint = read_checkpoint(path, map_location)
         weights = checkpoint.get("model", checkpoint)
         if not isinstance(weights, dict) or not any(torch.is_tensor(v) for v in weights.values()):
-            raise CheckpointError(f"{path} holds no weights under 'model'; it is not a MeDSLIP checkpoint")
-        weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v for k, v in weights.items()}
+            raise CheckpointError(f"{path} holds no weights under 'model'; "
+                                  f"it is not a MeDSLIP checkpoint")
+        weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v
+                   for k, v in weights.items()}
         if any(k.startswith("res_features.") for k in weights):
             weights, config, unplaced = convert_published(weights)
         else:
             known = {f.name for f in fields(MeDSLIPConfig)}
             saved = checkpoint.get("config")
             if not isinstance(saved, dict) or not set(saved) <= known:
-                raise CheckpointError(f"{path} is neither this project's checkpoint (no model arguments under "
-                                      f"'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
+                raise CheckpointError(
+                    f"{path} is neither this project's checkpoint (no model arguments under "
+                    f"'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
             config, unplaced = MeDSLIPConfig(**saved), []
         model = cls(config).to(map_location)
         own = model.state_dict()
@@ -269,10 +292,10 @@ def mean_map(maps, grid):
     return torch.stack(maps).mean(dim=(0, 2)).unflatten(-1, grid)
 
 
-# ---------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
-# Absent or extra without consequence: batch-norm step counters (momentum is fixed), the position indices that older
-# transformers stored, and a frozen text encoder saved along.
+# Absent or extra without consequence: batch-norm step counters (momentum is fixed), the position
+# indices that older transformers stored, and a frozen text encoder saved along.
 HARMLESS = re.compile(r"num_batches_tracked$|position_ids$|^(text_encoder|bert_model)\.")
 
 # published name -> ours; {s} is the stream. MedKLIP has one stream and no suffix.
@@ -294,12 +317,12 @@ PUBLISHED = [
 
 
 def convert_published(weights):
-    """Published MeDSLIP or MedKLIP weights -> (weights in our layout, config, names that found no place)."""
+    """Published MeDSLIP or MedKLIP weights -> (weights in our layout, config, unplaced names)."""
     dual = any(k.startswith("decoder_anatomy.") for k in weights)
-    streams = [("pathology", "_pathology"), ("anatomy", "_anatomy")] if dual else [("pathology", "")]
+    streams = {"pathology": "_pathology", "anatomy": "_anatomy"} if dual else {"pathology": ""}
     placed, unplaced = {}, []
     for key, value in weights.items():
-        for stream, suffix in streams:
+        for stream, suffix in streams.items():
             hits = [re.sub(old.replace("{s}", suffix), new.replace("{stream}", stream), key)
                     for old, new in PUBLISHED if re.search(old.replace("{s}", suffix), key)]
             if hits:
@@ -307,19 +330,22 @@ def convert_published(weights):
         if not hits:
             unplaced += [] if HARMLESS.search(key) else [key]
             continue
-        if ".existence." in hits[0] and len(value) == 2:  # softmax over (absent, present) = sigmoid of the difference
-            value = value[1:] - value[:1]
+        if ".existence." in hits[0] and len(value) == 2:
+            value = value[1:] - value[:1]  # softmax over (absent, present) = sigmoid of this
         placed[hits[0]] = value
     if {"anatomy.norm.weight", "pathology.norm.weight"} <= placed.keys():
-        # the released decoders hold one and the same final LayerNorm; the pathology copy is what loading leaves in it
-        placed.update({f"anatomy.norm.{p}": placed[f"pathology.norm.{p}"] for p in ("weight", "bias")
+        # the released decoders hold one and the same final LayerNorm; the pathology copy is what
+        # loading leaves in it
+        placed.update({f"anatomy.norm.{p}": placed[f"pathology.norm.{p}"]
+                       for p in ("weight", "bias")
                        if f"pathology.norm.{p}" in placed and f"anatomy.norm.{p}" in placed})
-    layers = 1 + max((int(k.split(".")[2]) for k in placed if k.startswith("pathology.layers.")), default=3)
+    numbers = [int(k.split(".")[2]) for k in placed if k.startswith("pathology.layers.")]
+    layers = 1 + max(numbers, default=3)
     # sizes are read off the tensors where they are there; what is absent is reported by the caller
     text = placed.get("text_projection.weight", torch.empty(256, 768))
     text = text if text.dim() == 2 else torch.empty(256, 768)
-    config = MeDSLIPConfig(dim=text.shape[0], text_dim=text.shape[1], layers=layers, mask="linear", icl="dot",
-                           streams="dual" if dual else "single")
+    config = MeDSLIPConfig(dim=text.shape[0], text_dim=text.shape[1], layers=layers,
+                           mask="linear", icl="dot", streams="dual" if dual else "single")
     return placed, config, unplaced
 
 
@@ -328,22 +354,27 @@ def locate(path_or_hub_id):
     name = str(path_or_hub_id)
     if Path(name).is_file():
         return name
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt"):
-        raise CheckpointError(f"no checkpoint at {name}; train one with `python train.py`, or name one by --checkpoint")
+    is_path = Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt")
+    if is_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise CheckpointError(f"no checkpoint at {name}; train one with `python train.py`, "
+                              f"or name one by --checkpoint")
     try:
         from huggingface_hub import HfApi, hf_hub_download
         files = [f for f in HfApi().list_repo_files(name) if f.endswith((".pt", ".pth", ".bin"))]
         if len(files) != 1:
-            raise CheckpointError(f"{name} on the hub holds {files or 'no .pt, .pth or .bin file'}; download the one "
-                                  f"you want and give its path")
+            held = ", ".join(files) or "no .pt, .pth or .bin file"
+            raise CheckpointError(f"{name} on the hub holds {held}; download the one you want "
+                                  f"and give its path")
         return hf_hub_download(name, files[0])
     except ImportError:
-        raise CheckpointError(f"no file {name}, and the hub needs huggingface_hub (`pip install transformers`)") from None
+        raise CheckpointError(f"no file {name}, and the hub needs huggingface_hub "
+                              f"(`pip install transformers`)") from None
     except CheckpointError:
         raise
-    except Exception as error:  # the hub library raises a dozen kinds; each means: not to be had now
-        raise CheckpointError(f"no file {name}, and the hub did not give it ({type(error).__name__}); if you are "
-                              f"offline, download the checkpoint elsewhere and give its path") from None
+    except Exception as error:  # the hub library raises a dozen kinds; each means: not now
+        raise CheckpointError(
+            f"no file {name}, and the hub did not give it ({type(error).__name__}); if you are "
+            f"offline, download the checkpoint elsewhere and give its path") from None
 
 
 def read_checkpoint(path, map_location="cpu"):
@@ -353,18 +384,23 @@ def read_checkpoint(path, map_location="cpu"):
     if head.lstrip()[:1] == b"<":
         raise CheckpointError(f"{path} is a web page, not a checkpoint; download the file itself")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a Git-LFS pointer, not the checkpoint; fetch it with `git lfs pull`")
+        raise CheckpointError(f"{path} is a Git-LFS pointer, not the checkpoint; "
+                              f"fetch it with `git lfs pull`")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        why = f"it wants to run {wanted[1]} on loading" if wanted else "it is damaged or of another kind"
-        raise CheckpointError(f"{path} is refused: {why}; only tensors, numbers and strings are read") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a checkpoint, it is truncated or of another kind "
-                              f"({str(error).splitlines()[0][:120]})") from None
+        why = (f"it wants to run {wanted[1]} on loading" if wanted
+               else "it is damaged or of another kind")
+        raise CheckpointError(f"{path} is refused: {why}; "
+                              f"only tensors, numbers and strings are read") from None
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError,
+            TypeError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint, it is truncated or of another kind "
+            f"({str(error).splitlines()[0][:120]})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
