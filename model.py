@@ -21,7 +21,6 @@ Differs from the released code:
 - One existence logit instead of a softmax over two: the same function, their difference.
 """
 import math
-import pickle
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -199,6 +198,15 @@ class MeDSLIP(nn.Module):
             if p.dim() == 2 and not name.startswith("backbone"):
                 nn.init.normal_(p, std=0.02)
 
+    @torch.no_grad()
+    def start_at_base_rate(self, pathology, anatomy, ignore=False):
+        """Existence biases at the log odds of the labels [N,m], [N,n]; ignore leaves out the -1."""
+        for stream, labels in (("pathology", pathology), ("anatomy", anatomy)):
+            if hasattr(self, stream):
+                known = labels >= 0 if ignore else torch.ones_like(labels, dtype=torch.bool)
+                rate = (labels[known] == 1).float().mean().clamp(0.001, 0.999).nan_to_num(0.5)
+                getattr(self, stream).existence.bias.fill_(torch.logit(rate))
+
     def forward(self, images, pathology_text, anatomy_text, need_attention=False):
         """Ask a batch every question of both query sets.
 
@@ -258,29 +266,30 @@ class MeDSLIP(nn.Module):
         if not isinstance(weights, dict) or not any(torch.is_tensor(v) for v in weights.values()):
             raise CheckpointError(f"{path} holds no weights under 'model'; "
                                   f"it is not a MeDSLIP checkpoint")
-        weights = {k.removeprefix("module.").removeprefix("_orig_mod."): v
-                   for k, v in weights.items()}
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in weights.items()}
         if any(k.startswith("res_features.") for k in weights):
-            weights, config, unplaced = convert_published(weights)
+            weights, config, renames = convert_published(weights)
         else:
             known = {f.name for f in fields(MeDSLIPConfig)}
-            saved = checkpoint.get("config")
+            saved, renames = checkpoint.get("config"), []
             if not isinstance(saved, dict) or not set(saved) <= known:
                 raise CheckpointError(
                     f"{path} is neither this project's checkpoint (no model arguments under "
                     f"'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
-            config, unplaced = MeDSLIPConfig(**saved), []
+            config = MeDSLIPConfig(**saved)
         model = cls(config).to(map_location)
-        own = model.state_dict()
-        trouble = [f"unknown {k}" for k in unplaced]
-        trouble += [f"unknown {k}" for k in weights if k not in own and not HARMLESS.search(k)]
+        own = {rename(k, renames): v for k, v in model.state_dict().items()}  # by the file's names
+        trouble = [f"unknown {k}" for k in weights if k not in own and not HARMLESS.search(k)]
         trouble += [f"missing {k}" for k in own if k not in weights and not HARMLESS.search(k)]
-        trouble += [f"{k} has shape {list(v.shape)} where {list(own[k].shape)} is needed"
-                    for k, v in weights.items() if k in own and v.shape != own[k].shape]
+        shapes = {k: list(getattr(v, "shape", "?")) for k, v in weights.items() if k in own}
+        trouble += [f"{k} has shape {shape} instead of {list(own[k].shape)}"
+                    for k, shape in shapes.items() if shape != list(own[k].shape)]
         if trouble:
             raise CheckpointError(f"{path} does not fit: {'; '.join(trouble[:8])}"
                                   + (f"; and {len(trouble) - 8} more" if len(trouble) > 8 else ""))
-        model.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
+        with torch.no_grad():
+            for k, v in own.items():  # state_dict's tensors share the model's memory
+                v.copy_(weights.get(k, v))
         queries, args = checkpoint.get("queries"), checkpoint.get("args")
         model.queries = queries if isinstance(queries, dict) and "pathology" in queries else None
         model.args = args if isinstance(args, dict) and model.queries else {}
@@ -298,55 +307,46 @@ def mean_map(maps, grid):
 # indices that older transformers stored, and a frozen text encoder saved along.
 HARMLESS = re.compile(r"num_batches_tracked$|position_ids$|^(text_encoder|bert_model)\.")
 
-# published name -> ours; {s} is the stream. MedKLIP has one stream and no suffix.
+# Our names -> the published ones, rules applied in this order.
 PUBLISHED = [
-    (r"^res_features\.", "backbone."),
-    (r"^(?:pathology|disease)_embedding_layer\.", "text_projection."),
-    (r"^mask_generator\.", "mask."),
-    (r"^res_l1{s}\.", "{stream}.embed.0."),
-    (r"^res_l2{s}\.", "{stream}.embed.2."),
-    (r"^cl_fc{s}\.", "{stream}.to_z2."),
-    (r"^classifier{s}\.", "{stream}.existence."),
-    (r"^decoder{s}\.norm\.", "{stream}.norm."),
-    (r"^decoder{s}\.layers\.(\d+)\.self_attn\.", r"{stream}.layers.\1.self_attention."),
-    (r"^decoder{s}\.layers\.(\d+)\.multihead_attn\.", r"{stream}.layers.\1.cross_attention."),
-    (r"^decoder{s}\.layers\.(\d+)\.linear1\.", r"{stream}.layers.\1.ffn.0."),
-    (r"^decoder{s}\.layers\.(\d+)\.linear2\.", r"{stream}.layers.\1.ffn.3."),
-    (r"^decoder{s}\.layers\.(\d+)\.(norm\d)\.", r"{stream}.layers.\1.\2."),
+    (r"^backbone\.", "res_features."),
+    (r"^text_projection\.", "pathology_embedding_layer."),
+    (r"^mask\.", "mask_generator."),
+    (r"^(pathology|anatomy)\.embed\.0\.", r"res_l1_\1."),
+    (r"^(pathology|anatomy)\.embed\.2\.", r"res_l2_\1."),
+    (r"^(pathology|anatomy)\.to_z2\.", r"cl_fc_\1."),
+    (r"^(pathology|anatomy)\.existence\.", r"classifier_\1."),
+    (r"^(pathology|anatomy)\.(layers|norm)\.", r"decoder_\1.\2."),
+    (r"\.self_attention\.", ".self_attn."),
+    (r"\.cross_attention\.", ".multihead_attn."),
+    (r"\.ffn\.0\.", ".linear1."),
+    (r"\.ffn\.3\.", ".linear2."),
 ]
 
 
+def rename(key, rules):
+    """A tensor's name after each (pattern, replacement) of `rules`."""
+    for ours, theirs in rules:
+        key = re.sub(ours, theirs, key)
+    return key
+
+
 def convert_published(weights):
-    """Published MeDSLIP or MedKLIP weights -> (weights in our layout, config, unplaced names)."""
+    """Published MeDSLIP or MedKLIP weights -> (weights with one-logit heads, config, renames)."""
     dual = any(k.startswith("decoder_anatomy.") for k in weights)
-    streams = {"pathology": "_pathology", "anatomy": "_anatomy"} if dual else {"pathology": ""}
-    placed, unplaced = {}, []
+    renames = PUBLISHED + ([] if dual else [(r"_pathology\.", ".")])  # MedKLIP: no suffixes
+    if any(k.startswith("disease_embedding_layer.") for k in weights):
+        renames = renames + [(r"^pathology_embedding_layer\.", "disease_embedding_layer.")]
+    weights = dict(weights)
     for key, value in weights.items():
-        for stream, suffix in streams.items():
-            hits = [re.sub(old.replace("{s}", suffix), new.replace("{stream}", stream), key)
-                    for old, new in PUBLISHED if re.search(old.replace("{s}", suffix), key)]
-            if hits:
-                break
-        if not hits:
-            unplaced += [] if HARMLESS.search(key) else [key]
-            continue
-        if ".existence." in hits[0] and len(value) == 2:
-            value = value[1:] - value[:1]  # softmax over (absent, present) = sigmoid of this
-        placed[hits[0]] = value
-    if {"anatomy.norm.weight", "pathology.norm.weight"} <= placed.keys():
-        # the released decoders hold one and the same final LayerNorm; the pathology copy is what
-        # loading leaves in it
-        placed.update({f"anatomy.norm.{p}": placed[f"pathology.norm.{p}"]
-                       for p in ("weight", "bias")
-                       if f"pathology.norm.{p}" in placed and f"anatomy.norm.{p}" in placed})
-    numbers = [int(k.split(".")[2]) for k in placed if k.startswith("pathology.layers.")]
-    layers = 1 + max(numbers, default=3)
-    # sizes are read off the tensors where they are there; what is absent is reported by the caller
-    text = placed.get("text_projection.weight", torch.empty(256, 768))
-    text = text if text.dim() == 2 else torch.empty(256, 768)
-    config = MeDSLIPConfig(dim=text.shape[0], text_dim=text.shape[1], layers=layers,
-                           mask="linear", icl="dot", streams="dual" if dual else "single")
-    return placed, config, unplaced
+        if key.startswith("classifier") and getattr(value, "shape", ())[:1] == (2,):
+            weights[key] = value[1:] - value[:1]  # softmax over (absent, present) = sigmoid of this
+        if key.startswith("decoder_anatomy.norm."):
+            # the released decoders hold one and the same final LayerNorm, and of the two copies in
+            # the file it takes the one read last, pathology's
+            weights[key] = weights.get(key.replace("anatomy", "pathology"), value)
+    config = MeDSLIPConfig(streams="dual" if dual else "single", mask="linear", icl="dot")
+    return weights, config, renames
 
 
 def locate(path_or_hub_id):
@@ -359,28 +359,29 @@ def locate(path_or_hub_id):
         raise CheckpointError(f"no checkpoint at {name}; train one with `python train.py`, "
                               f"or name one by --checkpoint")
     try:
-        from huggingface_hub import HfApi, hf_hub_download
-        files = [f for f in HfApi().list_repo_files(name) if f.endswith((".pt", ".pth", ".bin"))]
-        if len(files) != 1:
-            held = ", ".join(files) or "no .pt, .pth or .bin file"
-            raise CheckpointError(f"{name} on the hub holds {held}; download the one you want "
-                                  f"and give its path")
-        return hf_hub_download(name, files[0])
+        from huggingface_hub import snapshot_download
+        folder = snapshot_download(name, allow_patterns=["*.pt", "*.pth", "*.bin"])
     except ImportError:
         raise CheckpointError(f"no file {name}, and the hub needs huggingface_hub "
                               f"(`pip install transformers`)") from None
-    except CheckpointError:
-        raise
     except Exception as error:  # the hub library raises a dozen kinds; each means: not now
         raise CheckpointError(
             f"no file {name}, and the hub did not give it ({type(error).__name__}); if you are "
             f"offline, download the checkpoint elsewhere and give its path") from None
+    files = [str(p) for p in Path(folder).rglob("*") if p.suffix in (".pt", ".pth", ".bin")]
+    if len(files) != 1:
+        raise CheckpointError(f"{name} on the hub holds {', '.join(files) or 'no checkpoint'}; "
+                              f"give the path of the one you want")
+    return files[0]
 
 
 def read_checkpoint(path, map_location="cpu"):
     """torch.load without pickle execution; every failure is a CheckpointError in one line."""
-    with open(path, "rb") as f:
-        head = f.read(64)
+    try:
+        with open(path, "rb") as f:
+            head = f.read(64)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be opened ({error.strerror})") from None
     if head.lstrip()[:1] == b"<":
         raise CheckpointError(f"{path} is a web page, not a checkpoint; download the file itself")
     if head.startswith(b"version https://git-lfs"):
@@ -390,17 +391,14 @@ def read_checkpoint(path, map_location="cpu"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        why = (f"it wants to run {wanted[1]} on loading" if wanted
-               else "it is damaged or of another kind")
-        raise CheckpointError(f"{path} is refused: {why}; "
-                              f"only tensors, numbers and strings are read") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, AttributeError,
-            TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a checkpoint, it is truncated or of another kind "
-            f"({str(error).splitlines()[0][:120]})") from None
+        if wanted:
+            raise CheckpointError(f"{path} is refused: it wants to run {wanted[1]} on loading; "
+                                  f"only tensors, numbers and strings are read") from None
+        why = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        raise CheckpointError(f"{path} cannot be read as a checkpoint, it is truncated or of "
+                              f"another kind ({why})") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
