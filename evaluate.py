@@ -1,0 +1,943 @@
+"""Zero-shot evaluation: what, where, which pair, and one radiograph at a time (Sec. IV).
+
+    python evaluate.py --task classification --dataset nih --root data/nih
+    python evaluate.py --task predict --image chest.png --prompt "air where it should not be"
+    python evaluate.py --task grounding --dataset synthetic     # after `python train.py`
+
+Tasks: classification, grounding, relation, anatomy, embedding, predict. Each prints a table and
+writes <out-dir>/eval/<dataset>_<task>.json, .npz (results an image) and .png.
+
+Differs from the released code in:
+- Thresholds come from the validation split ("honest"); the best ones on the test set, which this
+  literature reports, stand beside them ("customary").
+- Attention maps are scaled by their own maximum, not their batch's, and up-sampled so that each
+  cell stands where the backbone looks, not half a stride beside it (`upsample_map`).
+- A model is always asked its whole query set, because queries attend to each other; labels find
+  their query by name, and a label without one is encoded from its prompt and asked last.
+"""
+import contextlib
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import data
+import text
+from model import CheckpointError, MeDSLIP
+from text import InputError
+
+# labels without a name in the vocabulary, in our words
+PROMPTS = {
+    "COVID-19": "Pneumonia caused by the coronavirus SARS-CoV-2. Hazy ground-glass patches in both "
+                "lungs, mostly at the outer edges and in the lower zones, that may merge into "
+                "denser white consolidation as the illness goes on.",
+    "Fibrosis": "Scarred lung tissue. Coarse white lines and a net-like pattern, mostly at the "
+                "bases and edges of lungs that have shrunk.",
+}
+
+# -------------------------------------------------------------------------------- metrics: what
+
+
+def best_f1_threshold(labels, scores):
+    """The t at which `scores >= t` has the highest F1; labels {0,1} [N], scores [N]."""
+    from sklearn.metrics import precision_recall_curve
+    precision, recall, thresholds = precision_recall_curve(labels, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    return float(thresholds[np.argmax(f1[:-1])])
+
+
+def classification_scores(labels, scores, threshold=None, names=None):
+    """AUROC, average precision, and F1 and accuracy of `scores >= threshold`.
+
+    labels [N] or [N,L] in {1,0}, -1 = unknown and left out; scores of the same shape. threshold:
+    one number or L of them; None takes the one of maximal F1 on these very labels. For [N,L] the
+    values are means over the classes, `per_class` {name: {...}} holds each, and a class without
+    positives or without negatives has None everywhere and no part in the means.
+    """
+    from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
+    labels, scores = np.asarray(labels), np.asarray(scores, float)
+    if labels.ndim == 2:
+        names = [str(k) for k in range(labels.shape[1])] if names is None else list(names)
+        each = threshold if np.ndim(threshold) else [threshold] * len(names)
+        per_class = {name: classification_scores(labels[:, k], scores[:, k], each[k])
+                     for k, name in enumerate(names)}
+        whole = [c for c in per_class.values() if c["auroc"] is not None]
+        macro = {key: float(np.mean([c[key] for c in whole])) if whole else None
+                 for key in ("auroc", "ap", "f1", "acc")}
+        return macro | {"threshold": {name: c["threshold"] for name, c in per_class.items()},
+                        "n": len(labels), "per_class": per_class}
+    labels, scores = labels[labels >= 0], scores[labels >= 0]
+    counts = {"n_pos": int(labels.sum()), "n": len(labels)}
+    if counts["n_pos"] in (0, len(labels)):
+        return dict.fromkeys(("auroc", "ap", "f1", "acc", "threshold")) | counts
+    threshold = best_f1_threshold(labels, scores) if threshold is None else float(threshold)
+    return {"auroc": float(roc_auc_score(labels, scores)),
+            "ap": float(average_precision_score(labels, scores)),
+            "f1": float(f1_score(labels, scores >= threshold, zero_division=0)),
+            "acc": float(accuracy_score(labels, scores >= threshold)),
+            "threshold": threshold} | counts
+
+
+def resample_counts(groups, n, seed, at_once):
+    """Yields int64 [at_once,N]: how often each image occurs when whole groups are redrawn."""
+    _, group = np.unique(groups, return_inverse=True)
+    size, rng = group.max() + 1, np.random.default_rng(seed)
+    for start in range(0, n, at_once):
+        draws = [np.bincount(rng.integers(size, size=size), minlength=size)
+                 for _ in range(min(at_once, n - start))]
+        yield np.stack(draws)[:, group]
+
+
+def bootstrap_auroc(labels, scores, n=1000, seed=0, groups=None):
+    """AUROC of each class on n resamples of images, or of whole groups (patients): [n,L].
+
+    labels [N,L] in {1,0,-1}. A resample is how often each image was drawn, so one sort serves all:
+    with w+ and w- the drawn positives and negatives at each distinct score,
+    AUROC = sum w+ (w- below + w- / 2) / (P N); nan where a resample lacks either kind.
+    """
+    classes = []
+    for label, score in zip(np.transpose(labels), np.transpose(scores)):
+        order = np.argsort(score, kind="stable")
+        first = np.flatnonzero(np.diff(score[order], prepend=-np.inf))          # of each tie
+        classes.append((order, first, label[order] == 1, label[order] == 0))
+    result, groups = [], np.arange(len(labels)) if groups is None else groups
+    for counts in resample_counts(groups, n, seed, max(1, 2_000_000 // len(labels))):  # 16 MB
+        columns = []
+        for order, first, positive, negative in classes:
+            drawn = counts[:, order]                                            # [at_once,N]
+            w_pos = np.add.reduceat(drawn * positive, first, axis=1)
+            w_neg = np.add.reduceat(drawn * negative, first, axis=1)
+            below = np.cumsum(w_neg, axis=1) - w_neg
+            pairs = (w_pos.sum(1) * w_neg.sum(1)).astype(float)
+            pairs[pairs == 0] = np.nan
+            columns.append((w_pos * (below + w_neg / 2)).sum(1) / pairs)
+        result.append(np.stack(columns, axis=1))
+    return np.concatenate(result)
+
+
+def central(values):
+    """(low, high) of the central 95 %, nan left out; (None, None) of nothing."""
+    values = np.asarray(values, float)
+    values = values[~np.isnan(values)]
+    return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
+
+
+def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
+    """(low, high): the central 95 % of a metric over n resamples of images, or of whole groups.
+
+    metric: "auroc" (fast; of [N,L] the mean over classes) or a function of (labels, scores).
+    Resamples that lack a kind of label that the whole has are left out.
+    """
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if metric == "auroc":
+        values = bootstrap_auroc(labels.reshape(len(labels), -1), scores.reshape(len(labels), -1),
+                                 n, seed, groups)
+        return central(values[:, ~np.isnan(values).all(0)].mean(1))
+    groups, kinds, values = np.arange(len(labels)) if groups is None else groups, {*labels.flat}, []
+    for counts in resample_counts(groups, n, seed, 1):
+        rows = np.repeat(np.arange(len(labels)), counts[0])
+        if labels.dtype.kind == "f" or {*labels[rows].flat} == kinds:
+            values.append(metric(labels[rows], scores[rows]))
+    return central(values)
+
+
+# ------------------------------------------------------------------------------- metrics: where
+
+
+def upsample_map(attention, height, width, size=None, centres=(0.0, None)):
+    """Maps [...,h,w] -> [...,height,width], bilinear between the points that the cells look at.
+
+    size (pixels) and centres are the network's input and `model.cell_centres()`: cell i looks at
+    input pixel offset + stride * i. Without them the grid spans the picture as a ResNet's does,
+    cell i on pixel i * height / h. Outside the outermost centres their value is kept.
+    """
+    attention, (offset, stride) = np.asarray(attention), centres
+
+    def weights(cells, length):                                                 # [length,cells]
+        pixels = size or length
+        at = (np.arange(length) + 0.5) * pixels / length - 0.5                  # in input pixels
+        at = np.clip((at - offset) / (stride or pixels / cells), 0, cells - 1)  # in cells
+        return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells)))
+
+    h, w = attention.shape[-2:]
+    return weights(h, height) @ attention @ weights(w, width).T
+
+
+THRESHOLDS = np.linspace(0, 0.98, 50)  # shares of a map's maximum
+
+
+def overlap(heat, mask, thresholds):
+    """(Dice [K], IoU [K]) of the region `heat > t` with mask, both [H,W], for ascending t."""
+    level = np.searchsorted(thresholds, heat, side="left")      # how many thresholds are below it
+    inside, predicted = (np.bincount(x, minlength=len(thresholds) + 1)[::-1].cumsum()[-2::-1]
+                         for x in (level[mask], level.ravel()))                 # pixels above t
+    total = predicted + mask.sum()
+    return 2 * inside / np.maximum(total, 1), inside / np.maximum(total - inside, 1)
+
+
+def points_at(heat, mask):
+    """Pointing game: 1 if the maximum of heat [H,W] lies in mask; equal maxima share the point."""
+    return float(mask[heat == heat.max()].mean())
+
+
+def grounding_scores(attention, masks, threshold):
+    """Pointing game, IoU and Dice: means over K maps [h,w] and their masks [H,W].
+
+    A map of another size is up-sampled to its mask; each is divided by its own maximum, and what
+    exceeds the threshold is the predicted region. Empty masks are left out: nothing to find.
+    """
+    rows = []
+    for heat, mask in zip(attention, masks):
+        heat, mask = np.asarray(heat, float), np.asarray(mask) > 0
+        if mask.any():
+            heat = heat if heat.shape == mask.shape else upsample_map(heat, *mask.shape)
+            dice, iou = overlap(heat / max(heat.max(), 1e-12), mask, np.array([threshold]))
+            rows.append((points_at(heat, mask), iou[0], dice[0]))
+    means = np.mean(rows, axis=0).tolist() if rows else [None] * 3
+    return dict(zip(("pointing_game", "iou", "dice"), means), threshold=threshold, n=len(rows))
+
+
+def relation_scores(truth, scores, anatomies):
+    """How scores [N,n,m] find the pairs in truth [N,n,m] (1, 0, -1 = unknown and left out).
+
+    auroc, ap: all cells pooled. cell_auroc: mean over the cells that are both present and absent.
+    side: of the present findings whose mirror image is not, how many score above it. top1: of all
+    present findings, how many have a true anatomy as their best. None where nothing counts.
+    """
+    from sklearn.metrics import average_precision_score, roc_auc_score
+    known, present = truth >= 0, truth == 1
+    flat = truth[known], scores[known]
+    mixed = present.any() and (truth == 0).any()
+    cells = [roc_auc_score(truth[known[:, i, j], i, j], scores[known[:, i, j], i, j])
+             for i, j in np.argwhere(present.any(0) & (truth == 0).any(0))]
+    index = {name: i for i, name in enumerate(anatomies)}
+    mirror = np.array([index.get(text.swap_sides(name), i) for i, name in enumerate(anatomies)])
+    sided = present & ~present[:, mirror] & (mirror != np.arange(len(mirror)))[:, None]
+    side = (scores > scores[:, mirror])[sided]
+    best = np.take_along_axis(present, scores.argmax(1)[:, None], axis=1)[:, 0]          # [N,m]
+    top1 = best[present.any(1)]
+    return {"auroc": float(roc_auc_score(*flat)) if mixed else None,
+            "ap": float(average_precision_score(*flat)) if mixed else None,
+            "cell_auroc": float(np.mean(cells)) if cells else None,
+            "side": float(side.mean()) if len(side) else None,
+            "top1": float(top1.mean()) if len(top1) else None,
+            "n": len(truth), "n_cells": len(cells), "n_sided": len(side), "n_findings": len(top1)}
+
+
+# ----------------------------------------------------------------------------- asking the model
+
+
+def load_model(args):
+    """The checkpoint in eval mode; one without stored queries is asked the published vocabulary."""
+    model = MeDSLIP.from_pretrained(args.checkpoint, map_location=args.device).requires_grad_(False)
+    if model.queries is None:
+        encoder = args.text_encoder or text.CLINICAL_BERT
+        book = text.read_pathology_book(args.pathology_book) if args.pathology_book else None
+        model.queries = {"encoder": encoder}
+        for kind, names, prompts in (
+                ("pathology", text.PATHOLOGIES, text.pathology_prompts(text.PATHOLOGIES, book)),
+                ("anatomy", text.ANATOMIES, text.anatomy_prompts(text.ANATOMIES, published=True))):
+            model.queries[kind] = {"names": list(names), "prompts": prompts,
+                                   "text": text.encode_text(prompts, encoder, args.cache_dir)}
+    return model.to(args.device)
+
+
+def query_names(model):
+    return model.queries["pathology"]["names"], model.queries["anatomy"]["names"]
+
+
+def queries_for(model, labels, args):
+    """How to ask for labels {label: vocabulary name or None}.
+
+    Returns ((pathology_text [m+k,T], anatomy_text [n,T]), {label: its column}, [labels that were
+    never trained]). Those k are encoded from --prompt or their definition and asked last.
+    """
+    stored, anatomy_text = model.queries["pathology"], model.queries["anatomy"]["text"]
+    columns = {k: stored["names"].index(name) for k, name in labels.items() if name in stored["names"]}
+    unseen = [label for label in labels if label not in columns]
+    if args.prompt and len(labels) == 1:
+        unseen = list(labels)
+    if not unseen:
+        return (stored["text"], anatomy_text), columns, unseen
+    prompts = [args.prompt or PROMPTS.get(label) or text.pathology_prompts([labels[label] or label])[0]
+               for label in unseen]
+    extra = text.encode_text(prompts, args.text_encoder or model.queries["encoder"], args.cache_dir)
+    if extra.shape[1] != model.config.text_dim:
+        raise InputError(f"the text encoder gives vectors of width {extra.shape[1]}, the model takes "
+                         f"{model.config.text_dim}; use the one it was trained with")
+    columns |= {label: len(stored["names"]) + k for k, label in enumerate(unseen)}
+    return (torch.cat([stored["text"].cpu(), extra]), anatomy_text), columns, unseen
+
+
+def predict(model, table, rows, texts=None, *, device="cpu", image_size=None, batch_size=64,
+            attention=None):
+    """Yields (rows [B], output, maps [B,m,h,w] or None) batch by batch, on the CPU, nothing kept.
+
+    texts (pathology_text [m,T], anatomy_text [n,T]) default to the stored queries; attention is a
+    kind of `attention_maps`. In float32: under bf16 the numbers would depend on the batch size.
+    """
+    texts = texts or [model.queries[kind]["text"] for kind in ("pathology", "anatomy")]
+    texts = [t.to(device) for t in texts]
+    for start in range(0, len(rows), batch_size):
+        chunk = np.asarray(rows[start:start + batch_size])
+        images = torch.from_numpy(np.ascontiguousarray(table.images[chunk])).to(device)  # [B,S,S]
+        with torch.no_grad():
+            out, maps = attention_maps(model, data.to_input(
+                images, image_size or model.config.image_size), texts, attention)
+        out = type(out)(**{k: None if v is None else v.cpu() for k, v in vars(out).items()})
+        yield chunk, out, None if maps is None else maps.cpu().numpy()
+
+
+def attention_maps(model, images, texts, kind):
+    """(output, a map a pathology [B,m,h,w]) for images [B,3,H,W] by kind:
+
+    None       no maps
+    pathology  cross-attention of the pathology query, mean over layers and heads (the paper's)
+    joint      the same, times the anatomy maps weighted by where the pathology is thought to be
+    gradient   attention times what it adds to the existence logit, relu(A * dlogit/dA), summed
+    """
+    if kind == "gradient":
+        return gradient_maps(model, images, texts)
+    out = model(images, *texts, need_attention=kind is not None)
+    maps = out.pathology_attention
+    if kind == "joint":
+        if out.anatomy_attention is None:
+            raise InputError("a single-stream model has no anatomy maps; use --attention pathology")
+        places = relation_probability(model, out, texts).to(maps)                        # [B,n,m]
+        where = out.anatomy_attention / out.anatomy_attention.amax((2, 3), keepdim=True)
+        maps = maps * torch.einsum("bnm,bnhw->bmhw", places / places.sum(1, keepdim=True), where)
+    return out, maps
+
+
+def gradient_maps(model, images, texts):
+    """(output, sum over layers and heads of relu(A * dlogit/dA) [B,m,h,w]), after Chefer et al. 2021.
+
+    Attention also lies where a query looks in vain; its gradient tells what the look was worth. A
+    layer's result is linear in A, so dlogit/dA[query,cell] = value[cell] . dlogit/d(the attended
+    value), and one backward pass serves all queries: what a query adds to the others' logits
+    through self-attention is left in, and small.
+    """
+    seen = []
+    hooks = [layer.cross_attention.register_forward_hook(
+        lambda module, inputs, output: seen.append((module, inputs[1], *output)))
+        for layer in model.pathology.layers]
+    # the weights ask for no gradient, so the graph begins at the queries and leaves the backbone out
+    with torch.enable_grad():
+        out = model(images, texts[0].detach().requires_grad_(), texts[1], need_attention=True)
+        slopes = torch.autograd.grad(out.pathology_logits.sum(), [output for _, _, output, _ in seen])
+    for hook in hooks:
+        hook.remove()
+    maps = 0
+    for (module, tokens, _, attention), slope in zip(seen, slopes):
+        w, b = module.in_proj_weight.chunk(3)[2], module.in_proj_bias.chunk(3)[2]
+        value = (tokens @ w.T + b).unflatten(-1, (module.num_heads, -1))        # [B,h*w,heads,d]
+        slope = (slope @ module.out_proj.weight).unflatten(-1, (module.num_heads, -1))
+        gain = torch.einsum("bqhd,bkhd->bhqk", slope, value)                    # dlogit/dA
+        maps = maps + (attention * gain).relu().sum(1)                          # [B,m,h*w]
+    out = type(out)(**{k: None if v is None else v.detach() for k, v in vars(out).items()})
+    return out, maps.unflatten(-1, out.pathology_attention.shape[-2:]).detach()
+
+
+def trained_icl(model):
+    return model.config.streams == "dual" and model.args.get("beta", 1) > 0
+
+
+def relation_probability(model, out, texts):
+    """Probability of each pair [B,n,m]: ICL's where it was trained, else existence times place.
+
+    Without ICL (--beta 0, or one stream) the place comes from ProtoCL: softmax over the anatomies
+    of the pathology's embedding against their text vectors.
+    """
+    if trained_icl(model):
+        return out.relation_logits.double().sigmoid()
+    place = torch.einsum("nt,bmt->bnm", texts[1].to(out.pathology_z), out.pathology_z).double()
+    return out.pathology_logits.double().sigmoid()[:, None] * place.softmax(1)
+
+
+# ---------------------------------------------------------------------------------------- tasks
+# Each takes (args, model, table, rows), prints its table and returns (metrics for the JSON,
+# arrays for the .npz, a function that draws the figure into a path).
+
+
+def print_table(header, rows):
+    """Text, counts, numbers to three decimals and None as a dash, in columns under a header."""
+    cells = [["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
+             for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    print()
+    for first, *others in cells:
+        print(first.ljust(widths[0]), *(v.rjust(w) for v, w in zip(others, widths[1:])), sep="  ")
+
+
+def in_chunks(function, rows):
+    """function(rows) a thousand rows at a time, so that dense matrices stay small."""
+    return np.concatenate([function(rows[i:i + 1000]) for i in range(0, len(rows), 1000)])
+
+
+def pair_labels(table, rows, names, cells="all"):
+    """int8 [N,n,m] and what it is: pairs as drawn, or as the reports have them (-1 = not said)."""
+    if table.truth(rows[:1], *names) is not None:
+        return table.truth(rows, *names), "what was drawn"
+    if not table.has_reports:
+        raise InputError(f"{table.dataset} has no reports and so no matrix of pairs; this task takes "
+                         "synthetic, mimic, openi or covid-chestxray")
+    matrix = table.existence(rows, *names)
+    if cells == "mentioned":
+        return matrix, "the reports, pairs they mention"
+    return np.maximum(matrix, 0), "the reports, not mentioned = absent"
+
+
+def label_names(table, rows):
+    """{label: its name in the vocabulary or None}; of phantoms, the pathologies that were drawn."""
+    if table.truth(rows[:1], (), ()) is None:
+        return dict(zip(table.label_names, table.label_pathologies))
+    drawn = in_chunks(lambda r: table.truth(r, text.PATHOLOGIES, text.ANATOMIES).any(1), rows).any(0)
+    return {name: name for name, there in zip(text.PATHOLOGIES, drawn) if there}
+
+
+def label_values(table, rows, labels):
+    """int8 [N,L] in {1,0,-1}."""
+    if table.truth(rows[:1], (), ()) is None:
+        return np.asarray(table.labels[rows])
+    return in_chunks(lambda r: table.truth(r, list(labels), text.ANATOMIES).any(1), rows).astype(np.int8)
+
+
+def options(args):
+    return dict(device=args.device, image_size=args.image_size, batch_size=args.batch_size)
+
+
+def validation_rows(args, table):
+    return table.rows("validate") if args.split == "test" else np.array([], int)
+
+
+def score_classes(args, table, rows, parts, gather):
+    """One block of metrics for each part {title: names}; gather(rows) -> labels, scores [N,L].
+
+    Thresholds are the validation split's, and the best on these rows stand under "customary".
+    """
+    names = [name for part in parts.values() for name in part]
+    labels, scores = gather(rows)
+    held = validation_rows(args, table)
+    best = classification_scores(labels, scores, names=names)["threshold"]
+    honest, source = best, args.split
+    if len(held):
+        honest, source = classification_scores(*gather(held), names=names)["threshold"], "validate"
+        for name in [n for n in names if honest[n] is None and best[n] is not None]:
+            print(f"{name}: labels of one kind only in the validation split; threshold 0.5")
+            honest[name] = 0.5
+    spread = bootstrap_auroc(labels, scores, args.bootstrap, args.seed,
+                             np.array([table.patients[i] for i in rows]))                # [1000,L]
+    blocks, lines = {}, []
+    for title, part in parts.items():
+        k = [names.index(name) for name in part]
+
+        def block(threshold):
+            return classification_scores(labels[:, k], scores[:, k],
+                                         [threshold[name] for name in part], part)
+
+        result, customary = block(honest), block(best)
+        whole = [names.index(name) for name, c in result["per_class"].items() if c["auroc"] is not None]
+        result["auroc_ci95"] = central(spread[:, whole].mean(1)) if whole else (None, None)
+        for name, c in result["per_class"].items():
+            c["auroc_ci95"] = central(spread[:, names.index(name)]) if c["auroc"] is not None else None
+            if c["auroc"] is None:
+                print(f"{name}: {c['n_pos']} of {c['n']} positive; not in the mean")
+        blocks[title] = result | {"thresholds_from": source, "customary": {
+            key: customary[key] for key in ("f1", "acc", "threshold", "per_class")}}
+        each = [*result["per_class"].items(), (f"mean, {title}", result)]
+        for name, c in each:
+            other = customary if c is result else customary["per_class"][name]
+            low, high = c["auroc_ci95"] or (None, None)
+            lines.append([name, c.get("n_pos", ""), c["auroc"], low, high, c["ap"], c["f1"], c["acc"],
+                          other["f1"], other["acc"]])
+    print_table(["", "n+", "AUROC", "95 %", "", "AP", "F1", "ACC", "F1*", "ACC*"], lines)
+    print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}, "
+          f"with * at the best on {args.split} itself (customary, flattering)")
+    arrays = dict(ids=np.array([table.ids[i] for i in rows]), names=np.array(names), labels=labels,
+                  scores=scores)
+    per_class = {name: c for b in blocks.values() for name, c in b["per_class"].items()}
+    return blocks, arrays, lambda path: draw_classes(path, per_class, arrays)
+
+
+def classification(args, model, table, rows):
+    """Does an image show it? Each label of the data set by name or prompt (Table III, Fig. 4)."""
+    labels = label_names(table, rows)
+    if not labels:
+        raise InputError(f"{table.dataset} has no labels of its own; try --task relation or anatomy")
+    texts, columns, unseen = queries_for(model, labels, args)
+    order = [name for name in labels if name not in unseen] + unseen
+    at = [list(labels).index(name) for name in order]
+
+    def gather(some):
+        logits = [out.pathology_logits[:, [columns[name] for name in order]]
+                  for _, out, _ in predict(model, table, some, texts, **options(args))]
+        return label_values(table, some, labels)[:, at], torch.cat(logits).double().sigmoid().numpy()
+
+    parts = {"trained on": order[:len(order) - len(unseen)], "not trained on": unseen}
+    blocks, arrays, draw = score_classes(args, table, rows, {k: v for k, v in parts.items() if v}, gather)
+    metrics = blocks.get("trained on", blocks.get("not trained on"))
+    if len(blocks) == 2:
+        metrics["unseen"] = blocks["not trained on"]
+    return metrics | {"n": len(rows), "not_trained_on": unseen}, arrays, draw
+
+
+def anatomy(args, model, table, rows):
+    """Is there anything at each anatomy? Existence in the second stream."""
+    if model.config.streams == "single":
+        raise InputError("a single-stream model has no anatomy stream; train one with --streams dual")
+    names = query_names(model)
+
+    def gather(some):
+        logits = [out.anatomy_logits for _, out, _ in predict(model, table, some, **options(args))]
+        labels = in_chunks(lambda r: (pair_labels(table, r, names)[0] == 1).any(2), some)
+        return labels.astype(np.int8), torch.cat(logits).double().sigmoid().numpy()
+
+    blocks, arrays, draw = score_classes(args, table, rows, {"anatomies": names[1]}, gather)
+    return blocks["anatomies"] | {"truth": pair_labels(table, rows[:1], names)[1]}, arrays, draw
+
+
+def labels_shown(table, i, labels):
+    return sorted({box[0] for box in table.boxes[i]} & set(labels))
+
+
+def mask_of(table, i, label, target):
+    """What is to be found in image i: the label's drawn mask, or its boxes filled; bool [H,W]."""
+    mask = table.mask(i, label) if target == "mask" else None
+    if mask is None:
+        height, width = (int(v) for v in table.shape[i])
+        mask = np.zeros((height, width), bool)
+        for x, y, w, h in (box[1:] for box in table.boxes[i] if box[0] == label):
+            top, left = int(y * height), int(x * width)
+            mask[top:max(round((y + h) * height), top + 1), left:max(round((x + w) * width), left + 1)] = True
+    return mask
+
+
+def shrink(mask, size):
+    """[H,W] -> [size,size]: the pixel at the middle of each cell."""
+    y, x = (((np.arange(size) + 0.5) * length / size).astype(int) for length in mask.shape)
+    return mask[np.ix_(y, x)]
+
+
+def fixed_answers(table, rows, labels, target, size=64, most=3000):
+    """What one can say without a look: {label: region to point at, region to predict}, [size,size].
+
+    The mean mask over rows: its highest point, and the part of it that has the best mean Dice.
+    """
+    masks = {label: [] for label in labels}
+    for i in rows[:most]:
+        for label in labels_shown(table, i, labels):
+            masks[label].append(shrink(mask_of(table, i, label, target), size))
+    answers = {}
+    for label, some in masks.items():
+        mean = np.mean(some, axis=0) / np.mean(some, axis=0).max() if some else np.ones((size, size))
+        dice = np.mean([overlap(mean, mask, THRESHOLDS)[0] for mask in some or [mean > 0]], axis=0)
+        answers[label] = mean, mean > THRESHOLDS[dice.argmax()]
+    return answers
+
+
+def heat_of(model, attention, shape, image_size):
+    """One map [h,w] drawn to the size of its picture [H,W], its maximum 1."""
+    heat = upsample_map(attention, *shape, size=image_size or model.config.image_size,
+                        centres=model.cell_centres())
+    return heat / max(heat.max(), 1e-12)
+
+
+def locate(args, model, table, rows, texts, columns, thresholds):
+    """Yields (row, label, mask, heat, Dice [K], IoU [K]) for each label that the data set locates."""
+    for chunk, _, maps in predict(model, table, rows, texts, attention=args.attention, **options(args)):
+        for i, attention in zip(chunk, maps):
+            for label in labels_shown(table, i, columns):
+                mask = mask_of(table, i, label, args.target)
+                if mask.any():
+                    heat = heat_of(model, attention[columns[label]], mask.shape, args.image_size)
+                    yield i, label, mask, heat, *overlap(heat, mask, thresholds)
+
+
+def grounding(args, model, table, rows):
+    """Where is it? Maps of the present findings against masks or boxes (Table IV, Fig. 7)."""
+    vocabulary = dict(zip(table.label_names, table.label_pathologies))
+    labels = {box[0]: vocabulary.get(box[0], box[0]) for i in rows for box in table.boxes[i]}
+    if not labels:
+        raise InputError(f"{table.dataset} has no boxes or masks in its {args.split} split; grounding "
+                         "takes synthetic, rsna, nih or siim")
+    texts, columns, unseen = queries_for(model, labels, args)
+    splits = {"train": table.rows("train"), "validate": validation_rows(args, table), args.split: rows}
+    splits = {k: np.array([i for i in v if labels_shown(table, i, labels)], int) for k, v in splits.items()}
+    threshold, source = args.threshold, "--threshold"
+    if threshold is None:
+        source = "validate" if len(splits["validate"]) else args.split
+        dice = [found[4] for found in locate(args, model, table, splits[source], texts, columns, THRESHOLDS)]
+        threshold = float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
+    known = next(k for k in ("train", "validate", args.split) if len(splits[k]))
+    fixed = fixed_answers(table, splits[known], labels, args.target)
+    ours, trivial = ("pointing_game", "iou", "dice"), ("random", "brightest", "fixed_point", "fixed_dice")
+    records, examples = [], {}
+    for i, label, mask, heat, dice, iou in locate(
+            args, model, table, splits[args.split], texts, columns, np.array([threshold])):
+        point, region = fixed[label]
+        records.append((i, label, points_at(heat, mask), iou[0], dice[0], mask.mean(),
+                        points_at(table.images[i], shrink(mask, table.size)),
+                        points_at(point, shrink(mask, len(point))),
+                        overlap(region, shrink(mask, len(region)), np.array([0.5]))[0][0]))
+        examples.setdefault(label, (i, label, mask, heat, dice[0]))  # the first one, not the best
+    index, label, values = (np.array(x) for x in ([r[0] for r in records], [r[1] for r in records],
+                                                  [r[2:] for r in records]))
+
+    def means(some):
+        return dict(zip(ours + trivial, some.mean(0).tolist())) | {"n": len(some)}
+
+    metrics = means(values)
+    metrics["trivial"] = {key: metrics.pop(key) for key in trivial}
+    metrics["per_class"] = {name: means(values[label == name]) for name in columns if name in label}
+    patients = np.array([table.patients[i] for i in index])
+    for k, key in ((0, "pointing_game"), (2, "dice")):
+        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), np.zeros(len(values)), values[:, k],
+                                              args.bootstrap, args.seed, patients)
+    metrics |= {"threshold": threshold, "threshold_from": source, "attention": args.attention,
+                "target": args.target, "trivial_from": known, "not_trained_on": unseen}
+    lines = sorted(metrics["per_class"].items(), key=lambda item: item[1]["pointing_game"])
+    lines = [[name + (" (not trained on)" if name in unseen else ""), c["n"], *(c[k] for k in ours + trivial)]
+             for name, c in lines + [("all", metrics | metrics["trivial"])]]
+    print_table(["", "n", "pointing", "IoU", "Dice", "random pt", "brightest", "fixed pt", "fixed Dice"], lines)
+    print(f"{args.attention} attention against each {args.target}; regions above {threshold:.2f} of the "
+          f"maximum (from {source}); trivial answers from {known}")
+    arrays = dict(ids=np.array([table.ids[i] for i in index]), label=label,
+                  **{key: values[:, k] for k, key in enumerate(ours + trivial)})
+    return metrics, arrays, lambda path: draw_heat(path, table, list(examples.values())[:12], threshold, args)
+
+
+def relation(args, model, table, rows):
+    """What is where? The (anatomy, pathology) matrix against the drawn or the reported one."""
+    names = query_names(model)
+    truth, source = pair_labels(table, rows, names, args.cells)                          # [N,n,m]
+    texts = [model.queries[kind]["text"] for kind in ("pathology", "anatomy")]
+    scores = np.concatenate([relation_probability(model, out, texts).float().numpy()     # 4nm bytes
+                             for _, out, _ in predict(model, table, rows, **options(args))])
+    train = table.rows("train")
+    often = sum((table.existence(train[i:i + 1000], *names) == 1).sum(0)
+                for i in range(0, len(train), 1000)) / max(len(train), 1)                # [n,m]
+    often = np.broadcast_to(often, truth.shape)
+    table_of = {key: relation_scores(truth, value, names[1]) for key, value in (
+        ("model", scores), ("cell frequencies in train", often),
+        ("true existence x frequency", often * (truth == 1).any(1, keepdims=True)))}
+    keys = ("auroc", "ap", "cell_auroc", "side", "top1")
+    print_table(["", *keys], [[key, *(s[k] for k in keys)] for key, s in table_of.items()])
+    metrics = table_of.pop("model") | {
+        "truth": source, "trivial": table_of,
+        "score": "sigmoid(relation_logits)" if trained_icl(model) else
+                 "existence x ProtoCL place, as no ICL was trained"}
+    print(f"{len(rows)} images, {metrics['n_findings']} findings, {metrics['n_sided']} of them sided; "
+          f"truth: {source}; score: {metrics['score']}")
+    arrays = dict(ids=np.array([table.ids[i] for i in rows]), truth=truth, scores=scores.astype(np.float16),
+                  pathologies=np.array(names[0]), anatomies=np.array(names[1]))
+    return metrics, arrays, lambda path: draw_relation(path, (truth == 1).mean(0), scores.mean(0), *names)
+
+
+def embedding(args, model, table, rows, most=1000):
+    """What do the embeddings keep apart? Pictures (Figs. 5, 6, 8) and the numbers behind them."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import silhouette_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    rng = np.random.default_rng(args.seed)
+    rows, names = np.sort(rng.permutation(rows)[:most]), query_names(model)
+    labels = label_names(table, rows)
+    texts, columns, _ = queries_for(model, labels, args)
+    queried, streams = [], {"pathology": [], "anatomy": []}
+    for _, out, _ in predict(model, table, rows, texts, **options(args)):
+        queried.append(out.pathology_queried[:, [columns[name] for name in labels]].numpy())
+        for stream in streams:
+            tokens = getattr(out, f"{stream}_tokens")
+            streams[stream] += [] if tokens is None else [tokens.mean(1).numpy()]
+    queried = np.concatenate(queried)                                                    # [N,L,D]
+    streams = {stream: np.concatenate(x) for stream, x in streams.items() if x}          # [N,D]
+    values = label_values(table, rows, labels)                                           # [N,L]
+    targets = {"pathology": values}
+    if table.has_reports:
+        targets["place"] = (pair_labels(table, rows, names)[0] == 1).any(2).astype(int)  # [N,n]
+    patients = np.unique([table.patients[i] for i in rows], return_inverse=True)[1]
+    fit, metrics = patients % 2 == 0, {"n": len(rows)}
+    for stream, x in streams.items():
+        for target, y in targets.items():
+            aurocs = []
+            for k in range(y.shape[1]):
+                a, b = fit & (y[:, k] >= 0), ~fit & (y[:, k] >= 0)
+                if min((y[half, k] == v).sum() for half in (a, b) for v in (0, 1)) >= 5:
+                    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+                    guess = probe.fit(x[a], y[a, k]).decision_function(x[b])
+                    aurocs.append(classification_scores(y[b, k], guess)["auroc"])
+            metrics[f"{target} from {stream} tokens"] = float(np.mean(aurocs)) if aurocs else None
+    some = rng.permutation(queried.shape[0] * queried.shape[1])[:4000]
+    flat, disease = queried.reshape(-1, queried.shape[-1])[some], some % queried.shape[1]
+    layout = {"diseases": flatten(flat, args.seed), "disease": disease, "values": values,
+              "names": np.array(list(labels))}
+    if len(labels) > 1:
+        metrics["silhouette of diseases"] = float(silhouette_score(flat, disease))
+    if len(streams) == 2:
+        both = np.concatenate(list(streams.values()))
+        metrics["silhouette of streams"] = float(silhouette_score(both, np.repeat([0, 1], len(rows))))
+        layout["streams"] = flatten(both, args.seed)
+    for k, name in enumerate(list(labels)[:12]):
+        layout[f"each {name}"] = flatten(queried[:, k], args.seed, umap=True)
+    print_table(["", ""], [(k, v) for k, v in metrics.items()])
+    print("probes: logistic regression on mean tokens, fitted on half of the patients, AUROC on the rest")
+    return metrics, layout, lambda path: draw_embedding(path, layout)
+
+
+def flatten(x, seed, umap=False):
+    """[N,D] -> [N,2] by t-SNE, or by UMAP where that is wanted (Fig. 5) and umap-learn installed."""
+    with contextlib.suppress(ImportError):
+        if umap:
+            from umap import UMAP
+            return UMAP(random_state=seed).fit_transform(x)
+    from sklearn.manifold import TSNE
+    return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
+
+
+def predict_files(args, model):
+    """What and where in one radiograph, printed and drawn, or in a folder of them, as a CSV."""
+    path = Path(args.image)
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
+    files = files if path.is_dir() else [path]
+    if not path.exists() or not files:
+        raise InputError(f"no radiograph at {path}; --image takes a PNG, JPEG or DICOM file or a folder")
+    names, places = query_names(model)
+    texts, columns, _ = queries_for(model, {name: name for name in names} | (
+        {args.prompt: None} if args.prompt else {}), args)
+    texts, size = [t.to(args.device) for t in texts], args.image_size or model.config.image_size
+    table = []
+    for file in files:
+        try:
+            square = torch.from_numpy(data.read_image(str(file), size).copy())
+        except InputError as error:
+            if len(files) == 1:
+                raise
+            print(f"skipped: {error}", file=sys.stderr)
+            continue
+        with torch.no_grad():
+            out, maps = attention_maps(model, data.to_input(square[None].to(args.device), size), texts,
+                                       args.attention)
+            pairs = relation_probability(model, out, texts)[0].cpu().numpy()             # [n,m]
+        chance = out.pathology_logits[0].double().sigmoid().cpu().numpy()                # [m]
+        for name in sorted(columns, key=lambda name: (name != args.prompt, -chance[columns[name]])):
+            row = {"image": str(file), "finding": name, "probability": chance[columns[name]]}
+            for rank, i in enumerate(np.argsort(-pairs[:, columns[name]])[:3], 1):
+                row |= {f"place {rank}": places[i], f"probability {rank}": pairs[i, columns[name]]}
+            table.append(row)
+    folder = Path(args.out_dir) / "eval"
+    folder.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        with replacing(folder / "predict.csv") as draft, open(draft, "w", newline="") as f:
+            writer = csv.DictWriter(f, table[0])
+            writer.writeheader()
+            writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+                             for row in table)
+        print(f"{len(files)} images, {len(columns)} questions each -> {folder / 'predict.csv'}")
+    else:
+        print_table(list(table[0])[1:], [list(row.values())[1:] for row in table[:8]])
+        picture = data.read_image(str(path))
+        heats = [(row["finding"], row["probability"], heat_of(
+            model, maps[0, columns[row["finding"]]].cpu().numpy(), picture.shape, size)) for row in table[:4]]
+        with replacing(folder / "predict.png") as draft:
+            draw_answer(draft, picture, heats)
+        print(f"heat maps: {folder / 'predict.png'}")
+    print("For study and research: this is no medical device, and this no diagnosis.")
+
+
+# -------------------------------------------------------------------------------------- figures
+
+BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#b8c2cc"
+
+
+def canvas(rows, columns, width, height):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, constrained_layout=True)
+
+
+def finish(figure, path):
+    import matplotlib.pyplot as plt
+    figure.savefig(path, dpi=130, format="png")
+    plt.close(figure)
+
+
+def draw_classes(path, per_class, arrays):
+    """AUROC bars with their intervals (Fig. 4), and the ROC curves."""
+    from sklearn.metrics import roc_curve
+    shown = sorted((c["auroc"], *c["auroc_ci95"], name) for name, c in per_class.items()
+                   if c["auroc"] is not None)
+    figure, ((bars, curves),) = canvas(1, 2, 11, max(4.5, 0.24 * len(shown) + 1))
+    for k, (auroc, low, high, name) in enumerate(shown):
+        bars.barh(k, auroc, xerr=[[auroc - low], [high - auroc]], color=BLUE, capsize=2)
+        column = list(arrays["names"]).index(name)
+        label, score = arrays["labels"][:, column], arrays["scores"][:, column]
+        x, y, _ = roc_curve(label[label >= 0], score[label >= 0])
+        curves.plot(x, y, linewidth=1, label=name, color=f"C{k}" if k < 10 else None)
+    bars.set_yticks(range(len(shown)), [f"{s[3]} ({per_class[s[3]]['n_pos']})" for s in shown])
+    bars.axvline(0.5, color="black", linewidth=0.8)
+    bars.set(xlim=(min([0.4, *(s[1] for s in shown)]), 1), xlabel="AUROC and 95 % interval (positives)")
+    curves.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
+    curves.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
+    if 0 < len(shown) <= 20:
+        curves.legend(fontsize=7, loc="lower right", frameon=False)
+    finish(figure, path)
+
+
+def draw_map(axis, picture, heat):
+    axis.imshow(picture, cmap="gray", extent=(-0.5, heat.shape[1] - 0.5, heat.shape[0] - 0.5, -0.5))
+    axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat, 0, 1), vmin=0, vmax=1)
+    axis.axis("off")
+
+
+def draw_heat(path, table, examples, threshold, args):
+    """The first example of each finding: heat, its region, its maximum, and the truth (Fig. 7)."""
+    columns = min(4, len(examples))
+    figure, axes = canvas(-(-len(examples) // columns), columns, 3 * columns, 3.3 * -(-len(examples) // columns))
+    for axis in axes.flat[len(examples):]:
+        axis.axis("off")
+    for axis, (i, label, mask, heat, dice) in zip(axes.flat, examples):
+        draw_map(axis, table.images[i], heat)
+        axis.contour(heat, [threshold], colors="yellow", linewidths=0.8)
+        axis.contour(mask, [0.5], colors="cyan", linewidths=1.2)
+        y, x = np.unravel_index(heat.argmax(), heat.shape)
+        axis.plot(x, y, "x", color="lime" if mask[y, x] else "red", markersize=8)
+        axis.set_title(f"{label}, Dice {dice:.2f}", fontsize=9)
+    figure.suptitle(f"cyan: {args.target}; heat: {args.attention} attention; yellow: above {threshold:.2f}; "
+                    "x: maximum, green if it hits", fontsize=9)
+    finish(figure, path)
+
+
+def draw_answer(path, picture, heats):
+    figure, axes = canvas(1, 1 + len(heats), 3 * (1 + len(heats)), 3.4)
+    draw_map(axes[0, 0], picture, np.zeros(picture.shape))
+    axes[0, 0].set_title("no medical device", fontsize=9)
+    for axis, (name, chance, heat) in zip(axes[0, 1:], heats):
+        draw_map(axis, picture, heat)
+        axis.set_title(f"{name[:28]} {chance:.2f}", fontsize=9)
+    finish(figure, path)
+
+
+def draw_relation(path, truth, predicted, pathologies, anatomies, most=30):
+    """How often each pair [n,m] is true and predicted, for the rows and columns that occur."""
+    rows, columns = (np.sort([k for k in np.argsort(-x)[:most] if x[k] > 0]).astype(int)
+                     for x in (truth.max(1), truth.max(0)))
+    figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
+    for axis, matrix, title in zip(axes[0], (truth, predicted), ("true", "predicted (mean probability)")):
+        picture = axis.imshow(matrix[np.ix_(rows, columns)], vmin=0, vmax=max(truth.max(), 1e-9), aspect="auto")
+        axis.set_xticks(range(len(columns)), [pathologies[k] for k in columns], rotation=90, fontsize=8)
+        axis.set_yticks(range(len(rows)), [anatomies[k] for k in rows], fontsize=8)
+        axis.set_title(f"share of images: {title}", fontsize=9)
+    figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8)
+    finish(figure, path)
+
+
+def draw_embedding(path, layout):
+    """Embeddings by disease (Fig. 6), streams (Fig. 8), and each disease's own picture (Fig. 5)."""
+    import matplotlib
+    each, names = [key for key in layout if key.startswith("each ")], layout["names"]
+    figure, axes = canvas(1 + -(-len(each) // 6), 6, 15, 2.6 * (1 + -(-len(each) // 6)))
+    for axis in axes.flat:
+        axis.axis("off")
+    colours, (first, legend, streams) = matplotlib.colormaps["tab20"], axes[0, :3]
+    first.scatter(*layout["diseases"].T, c=colours(layout["disease"] % 20), s=3, linewidths=0)
+    first.set_title("queried embeddings by disease", fontsize=9)
+    for k, name in enumerate(names[:20]):
+        legend.plot([], [], "o", color=colours(k), label=name, markersize=4)
+    legend.legend(fontsize=7, frameon=False, loc="center left", ncols=1 + len(names) // 14)
+    if "streams" in layout:
+        half = len(layout["streams"]) // 2
+        streams.scatter(*layout["streams"].T, c=[BLUE] * half + [ORANGE] * half, s=3, linewidths=0)
+        streams.set_title("pathology (blue), anatomy (orange)", fontsize=9)
+    for k, (axis, key) in enumerate(zip(axes[1:].flat, each)):
+        for value, colour in ((0, GRAY), (1, ORANGE)):
+            axis.scatter(*layout[key][layout["values"][:, k] == value].T, c=colour, s=4, linewidths=0)
+        axis.set_title(f"{names[k]} ({(layout['values'][:, k] == 1).sum()})", fontsize=9)
+    finish(figure, path)
+
+
+# ---------------------------------------------------------------------------------- the command
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A draft beside path, which takes its place once it is whole."""
+    draft = path.with_name(path.name + ".tmp")
+    yield draft
+    os.replace(draft, path)
+
+
+TASKS = {"classification": classification, "grounding": grounding, "relation": relation,
+         "anatomy": anatomy, "embedding": embedding}
+
+
+def parse_args(argv=None):
+    parser = text.Parser(prog="evaluate.py", description="zero-shot evaluation of a checkpoint")
+    g = parser.add_argument_group("what")
+    g.add_argument("--task", required=True, choices=[*TASKS, "predict"])
+    g.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
+    g.add_argument("--split", default="test", choices=["train", "validate", "test"])
+    g.add_argument("--image", metavar="FILE_OR_DIR", help="predict: a radiograph or a folder of them")
+    g.add_argument("--prompt", help="a disease in plain words: one more question in predict; in "
+                   "classification, for the labels without a stored query")
+    g = parser.add_argument_group("model")
+    g.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
+    g.add_argument("--image-size", type=int, help="pixels (default: what the model was trained at)")
+    g.add_argument("--text-encoder", metavar="NAME_OR_DIR", help="for new prompts; or `hashing` "
+                   "(default: the checkpoint's)")
+    g.add_argument("--pathology-book", metavar="FILE", help="prompts for the published checkpoint")
+    g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    g.add_argument("--batch-size", type=int, default=64)
+    g = parser.add_argument_group("protocol")
+    g.add_argument("--attention", default="gradient", choices=["pathology", "joint", "gradient"],
+                   help="grounding, predict: which maps; the paper's are `pathology`")
+    g.add_argument("--target", default="mask", choices=["mask", "box"],
+                   help="grounding: masks where there are any, or boxes")
+    g.add_argument("--threshold", type=float, help="grounding: share of a map's maximum, 0..1 "
+                   "(default: the best Dice on validation)")
+    g.add_argument("--cells", default="all", choices=["all", "mentioned"],
+                   help="relation, by reports: a pair not mentioned is absent, or left out")
+    g.add_argument("--bootstrap", type=int, default=1000, help="resamples of a 95 %% interval")
+    g.add_argument("--seed", type=int, default=0, help="of resamples and t-SNE")
+    g.add_argument("--limit", type=int, help="only the first N images of the split")
+    g.add_argument("--out-dir", default="out")
+    data.add_data_flags(parser)
+    return parser.parse_args(argv)
+
+
+def main(args):
+    """Run one task; returns its metrics as written to the JSON (None for predict)."""
+    if args.task == "predict":
+        if not args.image:
+            raise InputError("--task predict needs --image FILE_OR_DIR")
+        return predict_files(args, load_model(args))
+    model = load_model(args)
+    table = data.load_from_args(args)
+    rows = table.rows(args.split)[:args.limit]
+    if not len(rows):
+        raise InputError(f"{args.dataset} has no images in its {args.split} split; name another --split")
+    metrics, arrays, draw = TASKS[args.task](args, model, table, rows)
+    metrics = dict(task=args.task, dataset=args.dataset, split=args.split,
+                   checkpoint=args.checkpoint) | metrics
+    stem = Path(args.out_dir) / "eval" / f"{args.dataset}_{args.task}"
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(stem.with_suffix(".json")) as draft:
+        draft.write_text(json.dumps(metrics, indent=1) + "\n")
+    with replacing(stem.with_suffix(".npz")) as draft, open(draft, "wb") as f:
+        np.savez_compressed(f, **arrays)
+    with replacing(stem.with_suffix(".png")) as draft:
+        draw(draft)
+    print(f"written: {stem}.json .npz .png")
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except (InputError, CheckpointError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)
