@@ -18,17 +18,21 @@ Differs from the released code in:
   mirrored.
 """
 import collections
+import concurrent.futures
 import csv
+import glob
 import gzip
 import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import sys
 import time
 import typing
+import xml.etree.ElementTree
 import zipfile
 import zlib
 
@@ -44,7 +48,6 @@ from text import InputError, Parser
 FORMAT = 1            # raise it when the meaning of anything in a cache changes
 CHUNK = 256           # images a job; fixed, so that the cache does not depend on the workers
 SPLITS = ("train", "validate", "test", "skipped")
-BLANK = -2            # a label cell left empty: not mentioned
 csv.field_size_limit(1 << 27)
 
 # ------------------------------------------------------------------------------------------------
@@ -53,16 +56,30 @@ csv.field_size_limit(1 << 27)
 CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity",
             "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
             "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
-
-# label of a data set -> name in our vocabulary, where it is not just the lower-case label
-PATHOLOGY = {
+NIH = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+       "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+       "Hernia")
+OPENI = {  # label: index terms that stand for it (the part before the first slash)
+    "Opacity": {"opacity"}, "Cardiomegaly": {"cardiomegaly"}, "Atelectasis": {"pulmonary atelectasis"},
+    "Calcification": {"calcinosis", "calcified granuloma"}, "Scar": {"cicatrix"},
+    "Effusion": {"pleural effusion"}, "Airspace Disease": {"airspace disease"}, "Nodule": {"nodule"},
+    "Fracture": {"fractures, bone"}, "Congestion": {"pulmonary congestion"},
+    "Infiltrate": {"infiltrate"}, "Emphysema": {"emphysema", "pulmonary emphysema"},
+    "Hernia": {"hernia, hiatal"}, "Edema": {"pulmonary edema"}, "Pneumonia": {"pneumonia"},
+    "Consolidation": {"consolidation"}, "Pneumothorax": {"pneumothorax"}, "Mass": {"mass"},
+    "Thickening": {"thickening"}}
+PATHOLOGY = {  # the vocabulary's name of a label, where it is not just the label in lower case
     "No Finding": "normal", "Enlarged Cardiomediastinum": "enlarge", "Lung Opacity": "opacity",
     "Lung Lesion": "lesion", "Pleural Effusion": "effusion", "Pleural Other": "abnormality",
-    "Support Devices": "device"}
+    "Support Devices": "device", "Infiltration": "infiltrate", "Pleural_Thickening": "thicken",
+    "Thickening": "thicken", "Airspace Disease": "opacity",
+    "Fibrosis": "tail_abnorm_obs"}  # a bucket of rare findings, so a weak query
+GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0, "Consolidation": 0}
+BLANK, UNKNOWN = -2, -3  # beside 1 present, 0 absent, -1 uncertain: not mentioned; never labelled
 
 
 def label_pathology(label):
-    """The vocabulary's name of a data set's label, or None (COVID-19 has none)."""
+    """The vocabulary's name of a data set's label, or None (COVID-19 and the lungs have none)."""
     name = PATHOLOGY.get(label, label.lower())
     return name if name in text.PATHOLOGIES else None
 
@@ -71,19 +88,14 @@ def label_value(cell):
     """'1.0' -> 1, '0.0' -> 0, '-1.0' -> -1 (uncertain), '' -> BLANK; anything else: ValueError."""
     if not cell:
         return BLANK
-    value = float(cell)
-    if value not in (1, 0, -1):
+    if float(cell) not in (1, 0, -1):
         raise ValueError(cell)
-    return int(value)
-
-
-# GLoRIA's and MGCA's custom for CheXpert's uncertain labels; the other labels' are ignored
-GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0, "Consolidation": 0}
+    return int(float(cell))
 
 
 def settle_labels(raw, names, uncertain):
-    """int8 [N,L] of {1, 0, -1, BLANK} -> {1, 0, -1}: blank counts as absent, as is customary."""
-    labels = np.where(raw == BLANK, 0, raw).astype(np.int8)
+    """int8 [N,L] as read -> {1, 0, -1 unknown}; blank counts as absent, as is customary."""
+    labels = np.where(raw == BLANK, 0, np.maximum(raw, -1)).astype(np.int8)
     for column, name in enumerate(names):
         value = {"ignore": -1, "zeros": 0, "ones": 1, "gloria": GLORIA.get(name, -1)}[uncertain]
         labels[raw[:, column] == -1, column] = value
@@ -91,54 +103,33 @@ def settle_labels(raw, names, uncertain):
 
 
 # ------------------------------------------------------------------------------------------------
-# Reading label files
+# Label files
 
-class Item(typing.NamedTuple):
-    """One image as its data set describes it; paths are relative to the root."""
-    id: str
-    path: str
-    patient: str
-    split: str            # train, validate, test; "" where the publisher gives none
-    labels: tuple         # 1, 0, -1 uncertain, BLANK
-    report: str = ""      # path of a report
-    note: str = ""        # or its text
-    boxes: tuple = ()     # (label, x, y, width, height) in fractions of the image
-    masks: tuple = None   # (label, "rle" | "png", RLE or path, bit or -1); None: not annotated
-    truth: tuple = ()     # (pathology, anatomy) as drawn by phantom.py
-
-
-def csv_file(root, *names):
-    """Path of the first of `names` that is in `root`, plain, .gz or .zip; None without any."""
+def find(root, *names, need=False):
+    """Path of the first of `names` (* allowed) in `root`, plain, .gz or .zip; None, or InputError
+    if it is needed."""
     for name in names:
         for end in ("", ".gz", ".zip"):
-            if os.path.isfile(os.path.join(root, name + end)):
-                return os.path.join(root, name + end)
+            hits = sorted(glob.glob(os.path.join(glob.escape(root), name + end)))
+            if hits:
+                return hits[0]
+    if need:
+        raise InputError(f"{root} lacks {' or '.join(names)} (plain, .gz or .zip)")
     return None
 
 
-def need_csv(root, *names):
-    """csv_file that insists: FileNotFoundError names what was looked for."""
-    path = csv_file(root, *names)
-    if path is None:
-        raise FileNotFoundError(" or ".join(names) + " (plain, .gz or .zip)")
-    return path
-
-
-def open_text(path):
-    if path.endswith(".gz"):
-        raw = gzip.open(path)
-    elif path.endswith(".zip"):
-        archive = zipfile.ZipFile(path)
-        raw = archive.open(archive.namelist()[0])
-    else:
-        raw = open(path, "rb")
-    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors="replace", newline="")
-
-
 def csv_rows(path, *needed):
-    """Rows of a csv as dicts, header and cells stripped; InputError when a needed column lacks."""
+    """Rows of a csv (plain, .gz, .zip of one) as dicts, header and cells stripped.
+
+    InputError where a needed column lacks or the file is damaged; short rows are filled up.
+    """
     try:
-        with open_text(path) as file:
+        if path.endswith(".zip"):
+            archive = zipfile.ZipFile(path)
+            raw = archive.open(archive.namelist()[0])
+        else:
+            raw = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
+        with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
             reader = csv.reader(file)
             header = [name.strip() for name in next(reader, [])]
             absent = [name for name in needed if name not in header]
@@ -152,116 +143,392 @@ def csv_rows(path, *needed):
         raise InputError(f"{path} is damaged ({error}); download it again")
 
 
-# Every reader takes (root, options, problems) and returns (label names, items). What it cannot
-# use goes to `problems` as (kind, what).
+def files_by_name(root, *endings):
+    """{file name: path relative to root} of all images below `root`, caches and masks left out."""
+    found = {}
+    for folder, below, names in os.walk(root):
+        below[:] = sorted(d for d in below if not d.startswith("prepared-")
+                          and d not in ("masks", "png_masks", "annotations"))
+        for name in sorted(names):
+            if name.lower().endswith(endings):
+                found.setdefault(name, os.path.relpath(os.path.join(folder, name), root))
+    return found
+
+
+class Item(typing.NamedTuple):
+    """One image as its data set describes it; paths are relative to the root."""
+    id: str
+    path: str
+    patient: str
+    split: str            # train, validate, test; "" where the publisher gives none
+    labels: tuple         # 1, 0, -1, BLANK or UNKNOWN
+    report: str = ""      # path of a report
+    note: str = ""        # or its text
+    boxes: tuple = ()     # (label, x, y, width, height) in fractions of the image
+    masks: tuple = None   # (label, "rle" | "png", RLE or path, bit or -1); None: not annotated
+    truth: tuple = ()     # (pathology, anatomy) as drawn by phantom.py
+
+
+# Every reader takes (root, options, problems), returns (label names, items) and opens no image.
+# What it cannot use goes to `problems` as (kind, what).
 
 def read_mimic(root, options, problems):
     """MIMIC-CXR-JPG with the reports unpacked over it; phantom.py adds boxes.csv and masks/."""
-    split_csv = need_csv(root, "mimic-cxr-2.0.0-split.csv")
     metadata = {r["dicom_id"]: (r["ViewPosition"], r["Rows"], r["Columns"]) for r in csv_rows(
-        need_csv(root, "mimic-cxr-2.0.0-metadata.csv"),
+        find(root, "mimic-cxr-2.0.0-metadata.csv", need=True),
         "dicom_id", "ViewPosition", "Rows", "Columns")}
-    boxes_csv, drawn = csv_file(root, "boxes.csv"), collections.defaultdict(list)
+    boxes_csv, drawn = find(root, "boxes.csv"), collections.defaultdict(list)
     for r in csv_rows(boxes_csv, "dicom_id", "pathology", "anatomy") if boxes_csv else ():
         drawn[r["dicom_id"]].append(r)
 
-    if options["labels"] == "drawn":
-        names = sorted({r["pathology"] for rs in drawn.values() for r in rs},
+    names, labels, which = CHEXPERT, {}, options["labels"]
+    if which == "drawn":
+        names = sorted({r["pathology"] for found in drawn.values() for r in found},
                        key=text.PATHOLOGIES.index)
+    elif which == "manual":  # radiologists' labels of 687 test studies, release 2.1.0
+        labels_csv = find(root, "mimic-cxr-2.1.0-test-set-labeled.csv", need=True)
     else:
-        names, labels = CHEXPERT, {}
-        for r in study_labels(root, options["labels"]):
-            try:
-                labels[r["study_id"]] = tuple(label_value(r.get(name, "")) for name in names)
-            except ValueError as error:
-                problems.append(("unreadable-label", f"study {r['study_id']}: {error}"))
-    # unpacked on their own the reports have a folder of their own
-    reports = "mimic-cxr-reports/" if os.path.isdir(os.path.join(root, "mimic-cxr-reports")) else ""
+        labels_csv = find(root, f"mimic-cxr-2.0.0-{which}.csv")
+    for r in csv_rows(labels_csv, "study_id") if which != "drawn" and labels_csv else ():
+        r.setdefault("Lung Opacity", r.get("Airspace Opacity", ""))  # the name in release 2.1.0
+        try:
+            labels[r["study_id"]] = tuple(label_value(r.get(name, "")) for name in names)
+        except ValueError as error:
+            problems.append(("unreadable-label", f"study {r['study_id']}: {error}"))
 
-    items, seen = [], set()
-    for r in csv_rows(split_csv, "dicom_id", "study_id", "subject_id", "split"):
+    # the reports' archive has the same files/ folder; some keep it in a folder of its own
+    reports = "mimic-cxr-reports/" if os.path.isdir(os.path.join(root, "mimic-cxr-reports")) else ""
+    items = []
+    for r in csv_rows(find(root, "mimic-cxr-2.0.0-split.csv", need=True),
+                      "dicom_id", "study_id", "subject_id", "split"):
         name, study, subject = r["dicom_id"], r["study_id"], r["subject_id"]
-        if name not in metadata or r["split"] not in SPLITS[:3] or not subject or name in seen:
-            kind = "duplicate" if name in seen else "unreadable-label"
-            problems.append((kind, f"split.csv: {name}"))
+        if name not in metadata or r["split"] not in SPLITS[:3] or not (study and subject):
+            problems.append(("unreadable-label", f"split.csv: {name}"))
             continue
-        seen.add(name)
         view, height, width = metadata[name]
         if options["views"] == "frontal" and view not in ("PA", "AP"):
             continue
-        folder = f"files/p{subject[:2]}/p{subject}/s{study}"
-        found = drawn.get(name, ())
-        if options["labels"] == "drawn":
-            present = {f["pathology"] for f in found}
-            values = tuple(int(n in present) for n in names)
-        else:
-            values = labels.get(study, (BLANK,) * len(names))
-        boxes, masks = [], []
+        found, boxes = drawn.get(name, ()), []
         for f in found:
             x, y, w, h = (float(f[side]) for side in ("x", "y", "width", "height"))
-            width_px, height_px = float(width), float(height)
-            boxes.append((f["pathology"], x / width_px, y / height_px, w / width_px, h / height_px))
-            masks.append((f["pathology"], "png", f"masks/{name}.png", int(f["finding"])))
+            boxes.append((f["pathology"], x / float(width), y / float(height),
+                          w / float(width), h / float(height)))
+        present = {f["pathology"] for f in found}
+        folder = f"files/p{subject[:2]}/p{subject}/s{study}"
         items.append(Item(
-            name, f"{folder}/{name}.jpg", subject, r["split"], values,
+            name, f"{folder}/{name}.jpg", subject, r["split"],
+            tuple(int(n in present) for n in names) if which == "drawn"
+            else labels.get(study, (UNKNOWN,) * len(names)),
             report=f"{reports}{folder}.txt", boxes=tuple(boxes),
-            masks=tuple(masks) if boxes_csv else None,
+            masks=tuple((f["pathology"], "png", f"masks/{name}.png", int(f["finding"]))
+                        for f in found) if boxes_csv else None,
             truth=tuple((f["pathology"], f["anatomy"]) for f in found)))
     return names, items
 
 
-def study_labels(root, which):
-    """Rows of one of MIMIC-CXR-JPG's label files; `manual` (2.1.0) covers 687 test studies."""
-    if which == "manual":
-        for r in csv_rows(need_csv(root, "mimic-cxr-2.1.0-test-set-labeled.csv"), "study_id"):
-            yield {**r, "Lung Opacity": r.get("Airspace Opacity", r.get("Lung Opacity", ""))}
-    else:
-        path = csv_file(root, f"mimic-cxr-2.0.0-{which}.csv")
-        yield from csv_rows(path, "study_id") if path else ()
+def read_nih(root, options, problems):
+    """ChestX-ray14, one flat folder or one per tarball; the 2017 or the 2020 entry file."""
+    files = files_by_name(root, ".png")
+    lists = {}
+    for name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
+        for r in open_lines(find(root, name)):
+            lists[r] = split
+    boxes = collections.defaultdict(list)  # header `Bbox [x,y,w,h],,,`: its commas split the name
+    path = find(root, "BBox_List_2017.csv")
+    for r in csv_rows(path, "Image Index", "Finding Label") if path else ():
+        label = r["Finding Label"].replace("Infiltrate", "Infiltration")
+        try:
+            boxes[r["Image Index"]].append(
+                (label, *(float(r[side]) / 1024 for side in ("Bbox [x", "y", "w", "h]"))))
+        except ValueError:
+            problems.append(("unreadable-label", f"box of {r['Image Index']}"))
+    items = []
+    for r in csv_rows(find(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", need=True),
+                      "Image Index", "Finding Labels", "Patient ID"):
+        name, said = r["Image Index"], set(r["Finding Labels"].split("|")) - {"No Finding"}
+        if said - set(NIH) or not name:
+            problems.append(("unreadable-label", f"{name}: {r['Finding Labels']}"))
+            continue
+        items.append(Item(name, files.get(name, f"images/{name}"), r["Patient ID"],
+                          lists.get(name, "train") if "test" in lists.values() else "",
+                          tuple(int(label in said) for label in NIH), boxes=tuple(boxes[name])))
+    return NIH, items
 
+
+def open_lines(path):
+    """The non-empty lines of a text file, stripped; none without a file."""
+    if not path:
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+def read_rsna(root, options, problems):
+    """Kaggle's stage_2 folders, or the RSNA site's <study>/<series>/<image>.dcm tree; labels from
+    Kaggle's csv (a row per box) or from MedKLIP's test csv alone."""
+    files = files_by_name(root, ".dcm", ".png", ".jpg")
+    stems = {name.rsplit(".", 1)[0]: path for name, path in files.items()}
+    where, patients, boxes = {}, {}, {}
+    mappings = find(root, "pneumonia-challenge-dataset-mappings_2018.json")
+    if mappings:  # the NIH file each image was taken from, hence the patient
+        with open(mappings) as file:
+            for r in json.load(file):
+                patients[r.get("subset_img_id")] = str(r.get("img_id", "")).split("_")[0]
+                where[r.get("subset_img_id")] = stems.get(r.get("SOPInstanceUID"))
+    kaggle, medklip = find(root, "stage_2_train_labels.csv"), options["split_file"]
+    medklip = medklip if medklip and os.path.isfile(medklip) else find(root, "*rsna*test*.csv", "test.csv")
+    rows = csv_rows(medklip) if medklip else ()
+    for r in rows:
+        if "img_path" in r:
+            where.setdefault(r["ID"], stems.get(os.path.basename(r["img_path"])[:-4]))
+            if not kaggle:
+                boxes[r["ID"]] = [b.split(";") for b in r["boxes"].split("|")] if r["classes"] == "1" else []
+    for r in csv_rows(kaggle, "patientId", "x", "y", "width", "height", "Target") if kaggle else ():
+        if r["Target"] not in ("0", "1"):
+            problems.append(("unreadable-label", f"{r['patientId']}: Target {r['Target']!r}"))
+            continue
+        boxes.setdefault(r["patientId"], [])
+        if r["Target"] == "1":
+            boxes[r["patientId"]].append([r[side] for side in ("x", "y", "width", "height")])
+    items = []
+    for name, found in boxes.items():
+        try:
+            found = tuple(("Pneumonia", *(float(v) / 1024 for v in box)) for box in found)
+        except ValueError:
+            problems.append(("unreadable-label", f"box of {name}"))
+            continue
+        path = stems.get(name) or where.get(name) or f"stage_2_train_images/{name}.dcm"
+        items.append(Item(name, path, patients.get(name) or name, "", (int(bool(found)),), boxes=found))
+    return ("Pneumonia",), items
+
+
+def read_siim(root, options, problems):
+    """Kaggle's DICOM trees with either RLE file, or the PNG re-pack that MeDSLIP used."""
+    items, label = [], "Pneumothorax"
+    for name, split in (("stage_1_train_images.csv", "train"), ("stage_1_test_images.csv", "test")):
+        for r in csv_rows(find(root, name), "new_filename", "ImageId", "has_pneumo") \
+                if find(root, name) else ():
+            mask = ((label, "png", f"png_masks/{r['new_filename']}", -1),)
+            sick = r["has_pneumo"] == "1"
+            items.append(Item(r["ImageId"], f"png_images/{r['new_filename']}", r["ImageId"], split,
+                              (int(sick),), masks=mask if sick else ()))
+    if items:
+        return (label,), items
+    stems = {name[:-4]: path for name, path in files_by_name(root, ".dcm", ".png").items()}
+    runs = collections.defaultdict(list)
+    for r in csv_rows(find(root, *SOURCES["siim"].files, need=True), "ImageId", "EncodedPixels"):
+        runs[r["ImageId"]].append(r["EncodedPixels"])  # several masks an image: OR, they overlap
+    for name, found in runs.items():
+        found = [rle for rle in found if rle != "-1"]
+        try:
+            numbers = [[int(number) for number in rle.split()] for rle in found]
+            if any(len(n) % 2 or not n or min(n) < 0 or sum(n) > 1024 ** 2 for n in numbers):
+                raise ValueError
+        except ValueError:
+            problems.append(("unreadable-label", f"mask of {name}"))
+            continue
+        items.append(Item(name, stems.get(name, f"dicom-images-train/{name}.dcm"), name, "",
+                          (int(bool(found)),), masks=tuple((label, "rle", rle, -1) for rle in found)))
+    return (label,), items
+
+
+def read_covidx(root, options, problems):
+    """COVIDx, any version: `patient file class source` lines, read from the right since older
+    patient ids hold spaces; the oldest files have no source."""
+    items, classes = [], {"positive": 1, "negative": 0, "covid-19": 1, "pneumonia": 0, "normal": 0}
+    for split in SPLITS[:3]:
+        path = find(root, f"{split[:3]}.txt", f"{split}.txt", f"{split[:3]}*.txt")
+        for line in open_lines(path):
+            parts = line.rsplit(None, 3)
+            if len(parts) == 4 and parts[2].lower() not in classes:
+                parts = line.rsplit(None, 2) + [""]
+            if len(parts) == 3:
+                parts.append("")
+            if len(parts) != 4 or parts[2].lower() not in classes:
+                problems.append(("unreadable-label", f"{os.path.basename(path)}: {line[:60]}"))
+                continue
+            patient, name, said, _ = parts
+            folder = "val" if split == "validate" else split
+            items.append(Item(name, f"{folder}/{name}", patient, split, (classes[said.lower()],)))
+    return ("COVID-19",), items
+
+
+def read_chexpert(root, options, problems):
+    """CheXpert full or small, with the test release if it is there; without it valid is the test."""
+    items, files = [], None
+    for name, split in (("train.csv", "train"), ("valid.csv", "validate"), ("val_labels.csv", "validate"),
+                        ("test_labels.csv", "test"), ("groundtruth.csv", "test")):
+        path = find(root, name)
+        if not path or split in {item.split for item in items}:
+            continue
+        for r in csv_rows(path):
+            try:
+                values = tuple(label_value(r.get(label, "")) for label in CHEXPERT)
+            except ValueError as error:
+                problems.append(("unreadable-label", f"{name}: {r.get('Path')}: {error}"))
+                continue
+            where = r.get("Path") or r.get("Study", "")  # the release folder comes first in it
+            where = where.split("/", 1)[1] if where.startswith("CheXpert") else where
+            if split == "validate" and not os.path.isdir(os.path.join(root, "valid")):
+                where = where.replace("valid/", "val/", 1)
+            if not where.lower().endswith(".jpg"):  # groundtruth.csv names studies
+                files = files or sorted(files_by_name(root, ".jpg").values())
+            paths = [where] if where.lower().endswith(".jpg") else glob.glob(
+                os.path.join(glob.escape(where), "*.jpg"), root_dir=root)
+            for found in sorted(paths):
+                patient = next((part for part in found.split("/") if part.startswith("patient")), "")
+                if not patient:
+                    problems.append(("unreadable-label", f"{name}: {found!r}"))
+                elif options["views"] == "all" or "frontal" in os.path.basename(found):
+                    items.append(Item(found[:-4], found, patient, split, values))
+    if "test" not in {item.split for item in items}:
+        items = [item._replace(split="test") if item.split == "validate" else item for item in items]
+    return CHEXPERT, items
+
+
+def read_openi(root, options, problems):
+    """Open-i: XML reports and PNGs as from the NLM, or Kaggle's re-pack. Labels are the human
+    index terms; views come from the re-pack's projections or the DICOM headers, if there."""
+    files, view = files_by_name(root, ".png", ".jpg"), {}
+    path = find(root, "indiana_projections.csv", "nlmcxr_dicom_metadata.csv")
+    rows = list(csv_rows(path)) if path else []
+    for r in rows:
+        name = (r.get("filename") if "projection" in r else r.get("imageid", "")) or ""
+        view[name.replace(".dcm", "").replace(".png", "")] = r.get("projection") or {
+            "PA": "Frontal", "AP": "Frontal", "": ""}.get(r.get("View Position"), "Lateral")
+    reports = []  # (uid, note, index terms, image files)
+    kaggle = find(root, "indiana_reports.csv")
+    if kaggle:
+        images = collections.defaultdict(list)
+        for r in rows:
+            images[r.get("uid")].append(r.get("filename", ""))
+        for r in csv_rows(kaggle, "uid", "MeSH", "findings", "impression"):
+            note = {part: r.get(part, "") for part in ("comparison", "indication", "findings", "impression")}
+            reports.append((r["uid"], note, r["MeSH"].split(";"), images[r["uid"]]))
+    else:
+        stems = {name.rsplit(".", 1)[0]: name for name in files}
+        for name in sorted(glob.glob("ecgen-radiology/*.xml", root_dir=root)):
+            try:
+                tree = xml.etree.ElementTree.parse(os.path.join(root, name))
+            except xml.etree.ElementTree.ParseError as error:
+                problems.append(("unreadable-label", f"{name}: {error}"))
+                continue
+            note = {t.get("Label", ""): t.text or "" for t in tree.iter("AbstractText")}
+            terms = [t.text or "" for t in tree.iter("major")]
+            images = [i.get("id", "") for i in tree.iter("parentImage")]
+            reports.append((os.path.basename(name)[:-4], note, terms,
+                            [stems.get(i, i + ".png") for i in images]))
+    items = []
+    for uid, note, terms, images in reports:
+        heads = {term.split("/")[0].strip().lower() for term in terms}
+        values = tuple(int(bool(heads & headings)) for headings in OPENI.values())
+        if not heads - {"", "no indexing"}:
+            values = (UNKNOWN,) * len(OPENI)
+        note = "".join(f" {part.upper()}:\n {said}\n \n" for part, said in note.items() if said)
+        for name in images:
+            if options["views"] == "all" or view.get(name.rsplit(".", 1)[0]) != "Lateral":
+                items.append(Item(name, files.get(name, f"images/{name}"), uid, "", values, note=note))
+    return tuple(OPENI), items
+
+
+def read_covid_chestxray(root, options, problems):
+    """ieee8023's collection: its X-rays, clinical notes as reports, lung masks where they exist."""
+    names, items = ("COVID-19", "Pneumonia", "No Finding"), []
+    masks = {name[:-len("_mask.png")] for name in
+             glob.glob("*_mask.png", root_dir=os.path.join(root, "annotations/lungVAE-masks"))}
+    for r in csv_rows(find(root, "metadata.csv", need=True), "patientid", "finding", "view",
+                      "modality", "filename", "clinical_notes"):
+        frontal = r["view"] in ("PA", "AP", "AP Supine")
+        if r["modality"] != "X-ray" or not (frontal or options["views"] == "all"):
+            continue
+        if not r["filename"] or not r["finding"] or r["finding"].lower() in ("todo", "unknown"):
+            problems.append(("unreadable-label", f"{r['filename']}: finding {r['finding']!r}"))
+            continue
+        said, stem = r["finding"].lower(), r["filename"].rsplit(".", 1)[0]
+        healthy = said == "no finding"
+        # ARDS names a course, not a germ; every other entry of this collection is a pneumonia
+        labels = (int("covid-19" in said), int(not healthy and said != "ards"), int(healthy))
+        lungs = (("lung", "png", f"annotations/lungVAE-masks/{stem}_mask.png", -1),)
+        items.append(Item(r["filename"], f"images/{r['filename']}", r["patientid"], "", labels,
+                          note=r["clinical_notes"], masks=lungs if stem in masks else None))
+    return names, items
+
+
+# ------------------------------------------------------------------------------------------------
+# The data sets
 
 class Source(typing.NamedTuple):
     name: str             # as people call it
     read: typing.Callable
+    files: tuple          # one of these is at the root
     get: str              # where to get it
-    layout: str           # phantom.py --layout that rehearses it, or ""
+    layout: str           # phantom.py's --layout that rehearses it
     views: str            # default
     made: tuple           # shares of train and validate where a split has to be made
-    reports: bool
 
 
 SOURCES = {
-    "synthetic": Source("synthetic", read_mimic, "phantom.py draws it", "mimic", "all",
-                        (0.8, 0.1), True),
-    "mimic": Source("MIMIC-CXR-JPG and its reports", read_mimic,
-                    "https://physionet.org/content/mimic-cxr-jpg (credentialed)", "mimic", "all",
-                    (0.8, 0.1), True),
+    "synthetic": Source("synthetic", read_mimic, ("mimic-cxr-2.0.0-split.csv",),
+                        "an empty or new --root is filled on first use", "mimic", "all", (0.8, 0.1)),
+    "mimic": Source("MIMIC-CXR-JPG", read_mimic, ("mimic-cxr-2.0.0-split.csv",),
+                    "https://physionet.org/content/mimic-cxr-jpg and, for the reports, "
+                    "https://physionet.org/content/mimic-cxr (credentialed)", "mimic", "all", (0.8, 0.1)),
+    "nih": Source("NIH ChestX-ray14", read_nih, ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
+                  "https://nihcc.app.box.com/v/ChestXray-NIHCC", "nih", "all", (0.7, 0.1)),
+    "rsna": Source("RSNA Pneumonia", read_rsna, ("stage_2_train_labels.csv", "*rsna*test*.csv"),
+                   "kaggle competitions download -c rsna-pneumonia-detection-challenge", "rsna",
+                   "all", (0.7, 0.15)),
+    "siim": Source("SIIM-ACR Pneumothorax", read_siim,
+                   ("stage_2_train.csv", "train-rle.csv", "*train-rle.csv", "stage_1_train_images.csv"),
+                   "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation", "siim", "all",
+                   (0.7, 0.15)),
+    "covidx": Source("COVIDx", read_covidx, ("test*.txt",),
+                     "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2", "covidx", "all", (0.9, 0.1)),
+    "chexpert": Source("CheXpert", read_chexpert, ("train.csv", "valid.csv", "val_labels.csv"),
+                       "https://stanfordmlgroup.github.io/competitions/chexpert", "chexpert",
+                       "frontal", (0.9, 0.1)),
+    "openi": Source("Open-i", read_openi, ("ecgen-radiology", "indiana_reports.csv"),
+                    "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)", "openi",
+                    "frontal", (0.7, 0.1)),
+    "covid-chestxray": Source("covid-chestxray-dataset", read_covid_chestxray, ("metadata.csv",),
+                              "git clone https://github.com/ieee8023/covid-chestxray-dataset", "",
+                              "frontal", (0.6, 0.1)),
 }
 DATASETS = tuple(SOURCES)
 
 
+def find_root(dataset, root):
+    """`root`, or the one folder in it that an archive unpacked into, by the label file it holds."""
+    source = SOURCES[dataset]
+    below = sorted(e.path for e in os.scandir(root) if e.is_dir()) if os.path.isdir(root) else []
+    for folder in [root] + below:
+        if find(folder, *source.files):
+            return folder
+    rehearse = (f"; or rehearse: python phantom.py --layout {source.layout} --root {root} --count 200"
+                if source.layout else "")
+    raise InputError(f"no {source.name} data at {root}: looked for {' or '.join(source.files)} there "
+                     f"and one folder down. Get it: {source.get}{rehearse}; or take the synthetic "
+                     "data: python train.py --data synthetic")
+
+
 def read_items(dataset, root, options):
     """(label names, items, problems) of a data set as downloaded; no image is opened here."""
-    source, problems = SOURCES[dataset], []
-    try:
-        names, items = source.read(root, options, problems)
-    except FileNotFoundError as error:
-        rehearse = (f"; or rehearse: python phantom.py --layout {source.layout} --root {root} "
-                    "--count 200" if source.layout else "")
-        raise InputError(f"no {source.name} data at {root}: looked for {error}. Get it: "
-                         f"{source.get}{rehearse}; or try --dataset synthetic (train.py: --data)")
-    # ids and paths come from csv files of strangers: none may lead out of the data root
-    safe = []
+    problems, kept, seen = [], [], set()
+    names, items = SOURCES[dataset].read(root, options, problems)
     for item in items:
+        # ids and paths come from csv files of strangers: none may lead out of the data root
         paths = [item.path, item.report] + [m[2] for m in item.masks or () if m[1] == "png"]
         if any(os.path.isabs(p) or ".." in p.replace("\\", "/").split("/") for p in paths):
             problems.append(("outside-root", item.path))
+        elif item.id in seen:
+            problems.append(("duplicate", item.id))
         else:
-            safe.append(item)
-    if not safe:
-        raise InputError(f"{root} has label files but not one usable row; {len(problems)} problems,"
-                         f" the first: {problems[0] if problems else 'none'}")
-    return list(names), safe, problems
+            seen.add(item.id)
+            kept.append(item)
+    if not kept:
+        raise InputError(f"{root}: label files without one usable row"
+                         + (f"; {len(problems)} problems, the first: {problems[0]}" if problems else ""))
+    return list(names), kept, problems
 
 
 # ------------------------------------------------------------------------------------------------
@@ -276,28 +543,26 @@ def draw_split(patient, made, seed=0):
 
 
 def settle_splits(items, made, split_file=None):
-    """(splits of the items, where they come from): the file's, else the publisher's, else made."""
+    """(split of each item, where they come from): the file's, else the publisher's, else made."""
+    carve = (made[0] / sum(made), 1)  # train and validate when only the test is official
     if split_file:
-        return read_split_file(items, made, split_file)
+        return read_split_file(items, carve, split_file)
     splits = [item.split for item in items]
-    carve = (made[0] / (made[0] + made[1]), made[1] / (made[0] + made[1]))
     if not any(splits):
         shares = ":".join(f"{100 * share:.0f}" for share in (*made, 1 - sum(made)))
         return [draw_split(i.patient, made) for i in items], f"made by patient {shares}, seed 0"
     if "validate" not in splits:
         splits = [draw_split(i.patient, carve) if s == "train" else s for i, s in zip(items, splits)]
-        return splits, f"official; validate is {100 * carve[1]:.0f}% of train by patient, seed 0"
+        return splits, f"official; validate made of {1 - carve[0]:.1%} of the train patients, seed 0"
     return splits, "official"
 
 
-def read_split_file(items, made, path):
+def read_split_file(items, carve, path):
     """A split.csv of ours (`id`, `split`; ids not in it are not used) or MedKLIP's RSNA test csv
     (`ID`, `classes`; ids not in it become train and validate)."""
-    if not os.path.isfile(path):
-        raise InputError(f"--split-file {path}: no such file")
     rows = list(csv_rows(path))
-    ids = {item.id for item in items}
-    if rows and {"id", "split"} <= set(rows[0]):
+    header = set(rows[0]) if rows else set()
+    if {"id", "split"} <= header:
         alias = {"val": "validate", "valid": "validate", "validation": "validate"}
         given = {r["id"]: alias.get(r["split"], r["split"]) for r in rows}
         wrong = set(given.values()) - set(SPLITS)
@@ -305,17 +570,16 @@ def read_split_file(items, made, path):
             raise InputError(f"--split-file {path}: {wrong.pop()!r} is no split; use train, "
                              "validate or test")
         splits = [given.get(item.id, "skipped") for item in items]
-    elif rows and {"ID", "classes"} <= set(rows[0]):
+    elif {"ID", "classes"} <= header:
         given = {r["ID"]: "test" for r in rows}
-        carve = (made[0] / (made[0] + made[1]), made[1] / (made[0] + made[1]))
         splits = [given.get(i.id) or draw_split(i.patient, carve) for i in items]
     else:
         raise InputError(f"--split-file {path}: needs columns id,split (our split.csv) or "
                          "ID,img_path,boxes,classes (MedKLIP's RSNA test csv)")
-    known = len(ids & given.keys())
+    known = len(given.keys() & {item.id for item in items})
     if not known:
         raise InputError(f"--split-file {path}: none of its {len(given)} ids is in this data set")
-    return splits, f"{os.path.basename(path)} ({known} of its {len(given)} ids are here)"
+    return splits, f"{os.path.basename(path)}, {known} of its {len(given)} ids are here"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -395,22 +659,22 @@ def decode_rle(rle, size=1024):
 
 
 # ------------------------------------------------------------------------------------------------
-# Preparation: jobs of CHUNK images, each leaving a part file that says what it was made from
+# Preparation: jobs of CHUNK images, each leaving part files that say what they were made from
 
-def stamp(paths):
+def stamp(root, names):
     """What a cheap look tells of some files: names, sizes, times. A hex digest."""
     digest = hashlib.sha256()
-    for path in paths:
+    for name in names:
         try:
-            status = os.stat(path)
-            digest.update(f"{path}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+            status = os.stat(os.path.join(root, name))
+            digest.update(f"{name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
         except (OSError, ValueError):
-            digest.update(f"{path}|-\n".encode())
+            digest.update(f"{name}|-\n".encode())
     return digest.hexdigest()
 
 
 def read_part(path, made_from):
-    """The part at `path` if it was made from the same files and options, else None."""
+    """The JSON at `path` if it was made from the same files and options, else None."""
     try:
         with open(path) as file:
             part = json.load(file)
@@ -422,53 +686,54 @@ def read_part(path, made_from):
 def write_json(path, value):
     with open(path + ".new", "w") as file:
         json.dump(value, file)
-    os.replace(path + ".new", path)
+    os.replace(path + ".new", path)  # whole or not at all
 
 
 def prepare_chunk(job):
-    """Pixels of the job's images into images.npy, triplets of their reports; (pixels, cells)."""
-    root, folder, start, items, size, triplets, graph_cells = job
+    """One job: pixels of its images into images.npy, triplets of their reports. What an earlier
+    run did with the same files stays. Returns (start, pixels part, cells part)."""
+    root, folder, start, items, size, triplets, given = job
     name = os.path.join(folder, "parts", f"{start // CHUNK:06d}")
-    full = [os.path.join(root, item.path) for item in items]
-    made_from = f"{FORMAT} {size} {stamp(full)}"
     images = os.path.join(folder, "images.npy")
     block = np.load(images, mmap_mode="r", allow_pickle=False)[start:start + len(items)]
+    made_from = f"{FORMAT} {size} {stamp(root, [item.path for item in items])}"
     pixels = read_part(name + ".pixels.json", made_from)
     if pixels is None or pixels["crc"] != zlib.crc32(block):
-        fresh, shapes, errors = np.zeros(block.shape, np.uint8), [], {}
-        for k, path in enumerate(full):
+        fresh, shapes, errors = np.zeros(block.shape, np.uint8), [], []
+        for k, item in enumerate(items):
+            path, shape = os.path.join(root, item.path), (0, 0)
             try:
                 fresh[k], shape = decode(path, size)
             except Exception as error:  # one bad file of 377,110 must not end the run
-                shape, errors[k] = (0, 0), (trouble(path), f"{error}"[:200])
+                errors.append((start + k, trouble(path), f"{error}"[:200]))
             shapes.append(shape)
-        with open(images, "r+b") as file:  # not through the map: a full disk would be a SIGBUS
+        with open(images, "r+b") as file:  # not through the map: there a full disk kills the process
             file.seek(block.offset)
             file.write(fresh)
         pixels = dict(made_from=made_from, crc=zlib.crc32(fresh), shapes=shapes, errors=errors)
         write_json(name + ".pixels.json", pixels)
 
-    reports = [os.path.join(root, item.report) if item.report else "" for item in items]
-    made_from = f"{FORMAT} {triplets} {stamp(reports)} " + hashlib.sha256(
-        json.dumps([[i.note for i in items], graph_cells]).encode()).hexdigest()
+    notes = hashlib.sha256(json.dumps([given, [item.note for item in items]]).encode()).hexdigest()
+    made_from = f"{FORMAT} {triplets} {stamp(root, [item.report for item in items])} {notes}"
     cells = read_part(name + ".cells.json", made_from)
     if cells is None:
-        found = graph_cells or [report_cells(path, item.note) for path, item in zip(reports, items)]
+        found = given or [report_cells(root, item) for item in items]
         cells = dict(made_from=made_from, cells=[f[0] for f in found], state=[f[1] for f in found])
         write_json(name + ".cells.json", cells)
     return start, pixels, cells
 
 
-def report_cells(path, note):
-    """([(pathology, anatomy, 1 or 0)], "read" | "empty-report" | "no report") by text.py's rules."""
-    if path:
+def report_cells(root, item):
+    """([(pathology, anatomy, 1 or 0)], state) of an image's report by text.py's rules."""
+    note = item.note
+    if item.report:
         try:
-            with open(path, encoding="utf-8", errors="replace") as file:
+            with open(os.path.join(root, item.report), encoding="utf-8", errors="replace") as file:
                 note = file.read()
         except OSError:
-            return [], "no report"
-    triplets = text.extract_triplets(note, buckets=False) if note.strip() else []
-    return unique_cells(triplets), "read" if triplets else "empty-report"
+            return [], "no-report"
+    cells = unique_cells(text.extract_triplets(note, buckets=False)) if note.strip() else []
+    return cells, "read" if cells else "empty-report" if note or item.report else "no-report"
 
 
 def unique_cells(triplets):
@@ -480,29 +745,80 @@ def unique_cells(triplets):
     return [(*key, value) for key, value in cells.items()]
 
 
-def run_jobs(function, jobs, workers, total, title):
+def read_triplets(source):
+    """None for the rules, else a function Item -> (cells, state) from files made elsewhere:
+    a RadGraph .json, or the folder of the published matrix and its train.json."""
+    if source == "rules":
+        return None
+    if not os.path.exists(source):
+        raise InputError(f"--triplets {source}: no such file or folder")
+    if os.path.isdir(source):
+        by_name, cells_of = read_published(source)
+    else:
+        by_name = {os.path.basename(key).split(".")[0]: unique_cells(text.radgraph_triplets(graph, False))
+                   for key, graph in text.read_radgraph(source)}
+        cells_of = list
+
+    def triplets(item):
+        study = os.path.basename(item.report).split(".")[0]
+        found = by_name.get(item.id, by_name.get(study))
+        if found is None:
+            return [], "no-report"
+        cells = cells_of(found)
+        return cells, "read" if cells else "empty-report"
+    return triplets
+
+
+def read_published(folder):
+    """({image or study: row of the matrix}, row -> cells) of landmark_observation_adj_mtx.npy, 6.75 GB
+    and therefore mapped. The json keys are paths on the authors' disks: only the file name counts."""
+    path = os.path.join(folder, "landmark_observation_adj_mtx.npy")
+    try:
+        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
+        rows = {}
+        for name in glob.glob(os.path.join(glob.escape(folder), "*.json")):
+            with open(name) as file:
+                rows.update((os.path.basename(key).split(".")[0], int(value["labels_id"]))
+                            for key, value in json.load(file).items())
+        studies = os.path.join(folder, "landmark_observation_sids.npy")
+        if not rows and os.path.exists(studies):
+            rows = {f"s{sid}": k for k, sid in enumerate(np.load(studies, allow_pickle=False))}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--triplets {folder}: cannot read the published labels ({error})")
+    if matrix.shape[1:] != (len(text.ANATOMIES), len(text.PATHOLOGIES)) or not rows:
+        raise InputError(f"--triplets {folder}: needs a matrix of (reports, 51, 75), found "
+                         f"{matrix.shape}, and train.json or landmark_observation_sids.npy")
+
+    def cells_of(row):
+        if not 0 <= row < len(matrix):
+            return []
+        return [(text.PATHOLOGIES[p], text.ANATOMIES[a], int(matrix[row, a, p]))
+                for a, p in np.argwhere((matrix[row] == 0) | (matrix[row] == 1))]
+    return rows, cells_of
+
+
+def run_jobs(function, jobs, workers, title):
     """function(job) for every job, in `workers` processes, in any order, under a progress bar."""
     from tqdm import tqdm
-    with tqdm(total=total, unit="img", desc=title, mininterval=0.5) as bar:
+    total = sum(len(job[3]) for job in jobs)
+    with tqdm(total=total, unit=" images", desc=title, mininterval=0.5) as bar:
         if workers <= 1 or len(jobs) <= 1:
             for job in jobs:
                 yield function(job)
                 bar.update(len(job[3]))
             return
-        import concurrent.futures
-        import multiprocessing
         # fork: a spawned worker would spend two seconds on importing torch
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        with concurrent.futures.ProcessPoolExecutor(
-                workers, multiprocessing.get_context(method)) as pool:
+        context = multiprocessing.get_context(method)
+        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
             futures = {pool.submit(function, job): len(job[3]) for job in jobs}
             try:
                 for future in concurrent.futures.as_completed(futures):
                     yield future.result()
                     bar.update(futures[future])
             except concurrent.futures.BrokenExecutor:
-                raise InputError("a worker was killed, by lack of memory or of disk space; what it "
-                                 "finished is kept: run again, perhaps with --workers 1")
+                raise InputError("a worker was killed, perhaps for want of memory; what it finished "
+                                 "is kept: run again with fewer --workers")
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -511,37 +827,45 @@ def load(dataset, root=None, *, size=None, views=None, cache_dir=None, workers=N
          split_file=None, uncertain="ignore", labels=None, triplets="rules"):
     """A data set as a Table; the first call prepares it, later ones map the cache into memory.
 
-    size: pixels a side (default 64 for synthetic, else 256). views: "frontal" or "all".
-    triplets: "rules" on the reports, a RadGraph .json, or a folder with the published
-    landmark_observation_adj_mtx.npy and train.json. labels: for mimic "chexpert", "negbio" or
-    "manual". InputError when there is no such data.
+    size: pixels a side (default 64 for synthetic, else 256). views: "frontal" or "all". labels:
+    for mimic "chexpert", "negbio" or "manual". The rest: see add_data_flags. InputError when
+    there is no such data, or it cannot be used.
     """
-    if dataset not in SOURCES:
-        raise InputError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
-    root = os.path.abspath(root or os.path.join("data", dataset))
+    root, options = where_and_how(dataset, root, views, split_file, uncertain, labels, triplets)
     size = size or (64 if dataset == "synthetic" else 256)
     workers = len(os.sched_getaffinity(0)) if workers is None else workers
-    options = dict(views=views or SOURCES[dataset].views, split_file=split_file,
-                   uncertain=uncertain, triplets=triplets,
-                   labels=labels or ("drawn" if dataset == "synthetic" else "chexpert"))
+    if not 16 <= size <= 4096:
+        raise InputError(f"--prepared-size {size} is not in 16..4096")
     if dataset == "synthetic" and not (os.path.isdir(root) and os.listdir(root)):
         draw_synthetic(root, workers)
-
-    folder = f"prepared-{size}" + (f"-{views}" if options["views"] != SOURCES[dataset].views else "")
-    folder = os.path.join(cache_dir or root, dataset if cache_dir else "", folder)
-    made_from = inputs(dataset, root, size, options)
-    receipt = read_receipt(folder, made_from)
+    root = find_root(dataset, root)
+    folder = os.path.join(cache_dir or root, dataset if cache_dir else "", f"prepared-{size}"
+                          + ("" if options["views"] == SOURCES[dataset].views else "-" + views))
+    made_from = inputs(root, bool(cache_dir), dataset, size, options)
+    receipt = read_receipt(folder, root, made_from)
     if receipt is None:
         try:
             os.makedirs(os.path.join(folder, "parts"), exist_ok=True)
             with open(os.path.join(folder, "lock"), "w") as lock:
                 hold(lock)  # a second process waits here, then finds the work done
-                receipt = read_receipt(folder, made_from) or prepare(
+                receipt = read_receipt(folder, root, made_from) or prepare(
                     dataset, root, folder, size, workers, options, made_from)
         except OSError as error:
             raise InputError(f"cannot write the prepared images to {folder} ({error.strerror}); "
                              "--cache-dir DIR puts them elsewhere")
     return Table(folder, root, receipt)
+
+
+def where_and_how(dataset, root, views, split_file, uncertain, labels, triplets):
+    """(absolute root, options that every reader gets), after a look at what was asked for."""
+    if dataset not in SOURCES:
+        raise InputError(f"unknown data set {dataset!r}; choose one of {', '.join(DATASETS)}")
+    if split_file and not os.path.isfile(split_file):
+        raise InputError(f"--split-file {split_file}: no such file")
+    labels = labels or ("drawn" if dataset == "synthetic" else "chexpert")
+    return os.path.abspath(root or os.path.join("data", dataset)), dict(
+        views=views or SOURCES[dataset].views, split_file=split_file, uncertain=uncertain,
+        labels=labels, triplets=triplets)
 
 
 def draw_synthetic(root, workers, count=12_500):
@@ -555,7 +879,7 @@ def draw_synthetic(root, workers, count=12_500):
 
 
 def hold(lock):
-    """Waits for the only right to prepare; freed by the system when the process ends, however."""
+    """Waits for the only right to prepare; the system frees it however the process ends."""
     try:
         import fcntl
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -563,38 +887,33 @@ def hold(lock):
         pass
 
 
-def inputs(dataset, root, size, options):
-    """What the cache depends on that can be seen without opening anything: a hex digest."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file()) \
-        if os.path.isdir(root) else []
-    extra = [options["split_file"]] if options["split_file"] else []
+def inputs(root, elsewhere, dataset, size, options):
+    """What the cache depends on and a look from outside can tell."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+    files = [os.path.abspath(options["split_file"])] if options["split_file"] else []
     if options["triplets"] != "rules":
-        extra.append(options["triplets"])
-    seen = stamp([os.path.join(root, name) for name in names] + extra + [text.__file__])
-    return f"{FORMAT} {dataset} {size} {json.dumps(options, sort_keys=True)} {seen}"
+        files += [os.path.abspath(options["triplets"])]
+    seen = stamp(root, names + files) + stamp("", [text.__file__])
+    return f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} {seen}"
 
 
-def read_receipt(folder, made_from):
-    """The receipt of a finished cache that is still up to date, else None."""
+def read_receipt(folder, root, made_from):
+    """The receipt of a finished cache that is up to date, else None."""
     receipt = read_part(os.path.join(folder, "receipt.json"), made_from)
     if receipt is None or not os.path.exists(os.path.join(folder, "images.npy")):
         return None
-    # files that were missing or damaged may have been repaired since
-    return None if stamp(receipt["unusable"]) != receipt["unusable_stamp"] else receipt
+    # what was missing or damaged may have been repaired since
+    return receipt if stamp(root, receipt["unusable"]) == receipt["unusable_stamp"] else None
 
 
 def prepare(dataset, root, folder, size, workers, options, made_from):
     """Reads the labels, runs the jobs, writes the cache and at last its receipt, which it returns."""
     began = time.time()
     names, items, problems = read_items(dataset, root, options)
-    if any(item.path.lower().endswith((".dcm", ".dicom")) for item in items):
-        try:
-            import pydicom  # noqa: F401
-        except ImportError:
-            raise InputError(f"{SOURCES[dataset].name} comes as DICOM files: pip install pydicom")
     splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
-    images = os.path.join(folder, "images.npy")
-    shape = (len(items), size, size)
+    if any(item.path.lower().endswith((".dcm", ".dicom")) for item in items):
+        need_pydicom(dataset)
+    images, shape = os.path.join(folder, "images.npy"), (len(items), size, size)
     try:
         fits = np.load(images, mmap_mode="r", allow_pickle=False).shape == shape
     except (OSError, ValueError, EOFError):
@@ -604,84 +923,82 @@ def prepare(dataset, root, folder, size, workers, options, made_from):
         if free < math.prod(shape):
             raise InputError(f"{folder} needs {math.prod(shape) / 1e9:.1f} GB and the disk has "
                              f"{free / 1e9:.1f} GB left; --cache-dir DIR puts it elsewhere")
-        np.lib.format.open_memmap(images, "w+", np.uint8, shape)  # sparse until written
+        np.lib.format.open_memmap(images, "w+", np.uint8, shape)  # takes no space until written
 
-    graphs = read_graphs(options["triplets"])
-    rules = stamp([text.__file__]) if options["triplets"] == "rules" else options["triplets"]
-    jobs = [(root, folder, start, items[start:start + CHUNK], size, rules,
-             graphs and [graphs(item) for item in items[start:start + CHUNK]])
+    given = read_triplets(options["triplets"])
+    kind = options["triplets"] if given else stamp("", [text.__file__])
+    jobs = [(root, folder, start, items[start:start + CHUNK], size, kind,
+             given and [given(item) for item in items[start:start + CHUNK]])
             for start in range(0, len(items), CHUNK)]
-    parts = sorted(run_jobs(prepare_chunk, jobs, workers, len(items), "preparing"),
-                   key=lambda part: part[0])
+    parts = sorted(run_jobs(prepare_chunk, jobs, workers, "preparing"), key=lambda part: part[0])
+    shapes = [shape for _, pixels, _ in parts for shape in pixels["shapes"]]
+    errors = [error for _, pixels, _ in parts for error in pixels["errors"]]
+    cells = [found for _, _, part in parts for found in part["cells"]]
+    state = [s for _, _, part in parts for s in part["state"]]
+    for row, _, _ in errors:
+        splits[row] = "skipped"
 
-    # one flat list of cells, and where each image's begin (CSR)
-    store = {"pathology": {}, "anatomy": {}}
-    arrays, shapes, has_report, skipped, unusable = {}, [], [], collections.Counter(), []
-    state, cells = [], []
-    for start, pixels, part in parts:
-        shapes += pixels["shapes"]
-        cells += part["cells"]
-        state += part["state"]
-        for k, (kind, _) in pixels["errors"].items():
-            splits[start + int(k)] = "skipped"
-            skipped[kind] += 1
-            unusable.append(os.path.join(root, items[start + int(k)].path))
-    skipped.update(kind for kind, _ in problems)
-    for title, lists in (("cells", cells), ("truth", [[(*t, 1) for t in i.truth] for i in items])):
-        counts = [len(found) for found in lists]
-        arrays[title + "_start"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        flat = [(store["pathology"].setdefault(p, len(store["pathology"])),
-                 store["anatomy"].setdefault(a, len(store["anatomy"])), v)
-                for found in lists for p, a, v in found]
-        arrays[title] = np.array(flat, np.int16).reshape(-1, 3)
+    pathologies, anatomies = {}, {}  # name -> number, in order of appearance
+    arrays = dict(shape=np.array(shapes, np.int32).reshape(-1, 2),
+                  splits=np.array([SPLITS.index(s) for s in splits], np.int8),
+                  has_report=np.array([s == "read" for s in state], bool))
     raw = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
     arrays["labels"] = settle_labels(raw, names, options["uncertain"])
-    arrays["shape"] = np.array(shapes, np.int32).reshape(-1, 2)
-    arrays["splits"] = np.array([SPLITS.index(s) for s in splits], np.int8)
-    arrays["has_report"] = np.array([s == "read" for s in state], bool)
-    index = dict(
-        dataset=dataset, label_names=names, pathologies=list(store["pathology"]),
-        anatomies=list(store["anatomy"]), ids=[i.id for i in items], paths=[i.path for i in items],
-        patients=[i.patient for i in items],
-        boxes={k: item.boxes for k, item in enumerate(items) if item.boxes},
-        masks={k: item.masks for k, item in enumerate(items) if item.masks is not None})
+    for title, lists in (("cells", cells), ("truth", [[(*t, 1) for t in i.truth] for i in items])):
+        # one flat list of cells, and where each image's begin (CSR): 7 MB a 100,000 images
+        arrays[title + "_start"] = np.cumsum([0] + [len(found) for found in lists])
+        arrays[title] = np.array([(pathologies.setdefault(p, len(pathologies)),
+                                   anatomies.setdefault(a, len(anatomies)), value)
+                                  for found in lists for p, a, value in found], np.int16).reshape(-1, 3)
+    index = dict(label_names=names, pathologies=list(pathologies), anatomies=list(anatomies),
+                 ids=[i.id for i in items], paths=[i.path for i in items],
+                 patients=[i.patient for i in items],
+                 boxes={k: item.boxes for k, item in enumerate(items) if item.boxes},
+                 masks={k: item.masks for k, item in enumerate(items) if item.masks is not None})
     with open(os.path.join(folder, "arrays.npz.new"), "wb") as file:
         np.savez(file, **arrays)
     os.replace(os.path.join(folder, "arrays.npz.new"), os.path.join(folder, "arrays.npz"))
     write_json(os.path.join(folder, "index.json"), index)
     write_split(os.path.join(folder, "split.csv"), items, splits)
 
-    used = np.array(splits) != "skipped"
-    digest = hashlib.sha256(json.dumps([index, [p[1]["crc"] for p in parts]]).encode())
+    digest = hashlib.sha256(json.dumps([index, [p["crc"] for _, p, _ in parts]]).encode())
     for key in sorted(arrays):
         digest.update(arrays[key].tobytes())
+    used = np.array(splits) != "skipped"
+    skipped = collections.Counter([kind for kind, _ in problems] + [kind for _, kind, _ in errors])
     seconds = time.time() - began
+    unusable = sorted({items[row].path for row, _, _ in errors})
+    unusable = unusable[::1 + len(unusable) // 1000]  # a sample: half a download is 100,000 files
+    values = dict(present=1, absent=0, uncertain=-1, blank=BLANK)
     receipt = dict(
         dataset=dataset, root=root, folder=folder, size=size, views=options["views"],
-        images=int(used.sum()), rows=len(items), skipped=dict(sorted(skipped.items())),
-        skipped_files=[[kind, what] for kind, what in problems][:1000]
-        + [[part[1]["errors"][k][0], items[part[0] + int(k)].path]
-           for part in parts for k in part[1]["errors"]][:1000],
+        rows=len(items), images=int(used.sum()), skipped=dict(sorted(skipped.items())),
+        skipped_files=problems[:500] + [(kind, f"{items[row].path}: {why}") for row, kind, why in errors[:500]],
         patients=len({i.patient for i, u in zip(items, used) if u}),
         splits={name: splits.count(name) for name in SPLITS[:3]}, split_source=split_source,
-        labels={name: {key: int((raw[used, k] == value).sum()) for key, value in
-                       (("present", 1), ("absent", 0), ("uncertain", -1), ("blank", BLANK))}
-                for k, name in enumerate(names)}, uncertain=options["uncertain"],
-        reports=dict(collections.Counter(s for s, u in zip(state, used) if u))
-        if SOURCES[dataset].reports else {},
-        triplets={"source": options["triplets"], "present": int((arrays["cells"][:, 2] == 1).sum()),
-                  "denied": int((arrays["cells"][:, 2] == 0).sum())},
+        reports=dict(collections.Counter(s for s, u in zip(state, used) if u)),
+        triplets=dict(source=options["triplets"], present=int((arrays["cells"][:, 2] == 1).sum()),
+                      denied=int((arrays["cells"][:, 2] == 0).sum())),
         boxes=sum(len(i.boxes) for i in items), masks=sum(bool(i.masks) for i in items),
+        uncertain=options["uncertain"],
+        labels={name: {said: int((raw[used, k] == v).sum()) for said, v in values.items()}
+                for k, name in enumerate(names)},
         seconds=round(seconds, 2), images_per_second=round(len(items) / max(seconds, 1e-9), 1),
         workers=workers, fingerprint=digest.hexdigest()[:16], made_from=made_from,
-        unusable=unusable[:: 1 + len(unusable) // 1000], unusable_stamp="")
-    receipt["unusable_stamp"] = stamp(receipt["unusable"])
+        unusable=unusable, unusable_stamp=stamp(root, unusable))
     write_json(os.path.join(folder, "receipt.json"), receipt)
     return receipt
 
 
+def need_pydicom(dataset):
+    try:
+        import pydicom  # noqa: F401
+    except ImportError:
+        raise InputError(f"{SOURCES[dataset].name} comes as DICOM files: pip install 'pydicom>=3'")
+
+
 def write_split(path, items, splits):
-    """split.csv: `id,patient,split`, the file that --split-file reads."""
+    """split.csv: `id,patient,split` of the usable images, the file that --split-file reads."""
     with open(path + ".new", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(("id", "patient", "split"))
@@ -689,9 +1006,63 @@ def write_split(path, items, splits):
     os.replace(path + ".new", path)
 
 
-def read_graphs(triplets):
-    """None for the rules, else a function Item -> (cells, state)."""
-    return None
+# ------------------------------------------------------------------------------------------------
+# The doctor
+
+def check_chunk(job):
+    """[(row, kind, what)] of the unusable images and reports of a job, and every file's hash."""
+    root, _, start, items = job
+    found, hashes = [], []
+    for row, item in enumerate(items, start):
+        path = os.path.join(root, item.path)
+        try:
+            decode(path, 64)
+            with open(path, "rb") as file:
+                hashes.append((hashlib.file_digest(file, "sha256").hexdigest(), row))
+        except Exception as error:
+            found.append((row, trouble(path), f"{item.path}: {error}"[:200]))
+        if item.report or item.note:
+            state = report_cells(root, item)[1]
+            if state != "read":
+                found.append((row, "empty-report", f"{item.report or item.id}: {state}"))
+    return found, hashes
+
+
+def check(dataset, root, options, workers, fix_list=None):
+    """Reads every file, prints what is wrong and how often; returns the number of problems."""
+    root = find_root(dataset, root)
+    _, items, problems = read_items(dataset, root, options)
+    known = {os.path.normpath(item.path) for item in
+             read_items(dataset, root, dict(options, views="all"))[1]}
+    if any(item.path.lower().endswith((".dcm", ".dicom")) for item in items):
+        need_pydicom(dataset)
+    splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
+    jobs = [(root, None, start, items[start:start + CHUNK]) for start in range(0, len(items), CHUNK)]
+    bad, first = set(), {}
+    results = list(run_jobs(check_chunk, jobs, workers, "checking"))
+    for row, kind, what in sorted(f for found, _ in results for f in found):
+        problems.append((kind, what))
+        bad.add(row)
+    for digest, row in sorted((h for _, hashes in results for h in hashes), key=lambda h: h[1]):
+        if first.setdefault(digest, row) != row:
+            problems.append(("duplicate", f"{items[row].path} = {items[first[digest]].path}"))
+            bad.add(row)
+    where = {}
+    for item, split in zip(items, splits):
+        if where.setdefault(item.patient, split) != split:
+            problems.append(("patient-leak", f"patient {item.patient}: {where[item.patient]}, {split}"))
+    on_disk = files_by_name(root, ".jpg", ".jpeg", ".png", ".dcm").values()
+    problems += [("no-label", path) for path in sorted(on_disk) if os.path.normpath(path) not in known]
+
+    print(f"{dataset} at {root}: {len(items)} images, {len(items) - len(bad)} usable; split {split_source}")
+    for kind, count in collections.Counter(kind for kind, _ in problems).most_common():
+        print(f"{kind:<18}{count:>8}   e.g. "
+              + "; ".join(str(what) for k, what in problems if k == kind)[:160])
+    if fix_list:
+        write_split(fix_list, items, ["skipped" if k in bad else s for k, s in enumerate(splits)])
+        print(f"wrote the usable images to {fix_list}; --split-file {fix_list} uses only them")
+    print("clean" if not problems else f"{len(problems)} problems")
+    return len(problems)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1006,28 +1377,35 @@ def load_from_args(args):
 
 def print_receipt(receipt):
     for key, value in receipt.items():
-        if key in ("made_from", "unusable", "unusable_stamp", "skipped_files"):
+        if key in ("made_from", "unusable", "unusable_stamp", "skipped_files", "labels"):
             continue
         if isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items() if not isinstance(v, dict)) or None
-        if value is not None:
-            print(f"{key.replace('_', ' '):<18} {value}")
-    if any(isinstance(v, dict) for v in receipt["labels"].values()):
-        print(f"{'label':<28}{'present':>9}{'absent':>9}{'uncertain':>11}{'blank':>9}")
-        for name, count in receipt["labels"].items():
-            print(f"{name:<28}{count['present']:>9}{count['absent']:>9}{count['uncertain']:>11}"
-                  f"{count['blank']:>9}")
+            value = ", ".join(f"{k} {v}" for k, v in value.items()) or "none"
+        print(f"{key.replace('_', ' '):<18} {value}")
+    print(f"\n{'label':<28}{'present':>9}{'absent':>9}{'uncertain':>11}{'blank':>9}")
+    for name, count in receipt["labels"].items():
+        print(f"{name:<28}{count['present']:>9}{count['absent']:>9}{count['uncertain']:>11}"
+              f"{count['blank']:>9}")
+    for kind, what in receipt["skipped_files"][:5]:
+        print(f"skipped, {kind}: {what}"[:100])
 
 
 def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="synthetic", choices=DATASETS)
     add_data_flags(parser)
+    parser.add_argument("--check", action="store_true", help="read every file; exit 0 only if all is well")
+    parser.add_argument("--fix-list", help="with --check: write the usable images to this split file")
     return parser.parse_args(argv)
 
 
 def main(args):
-    print_receipt(load_from_args(args).receipt)
+    if not args.check:
+        return print_receipt(load_from_args(args).receipt)
+    root, options = where_and_how(args.dataset, args.root, args.views, args.split_file,
+                                  args.uncertain, args.labels, args.triplets)
+    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    sys.exit(1 if check(args.dataset, root, options, workers, args.fix_list) else 0)
 
 
 if __name__ == "__main__":
