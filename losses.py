@@ -3,7 +3,7 @@
     from losses import medslip_loss
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
-y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; other values count as -1.
+y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; any other value is ignored.
 
 Differs from the paper:
 - ProtoCL's prototype stands in the denominator of Eq. 4 as well (as released): as printed the loss

@@ -419,7 +419,9 @@ def read_checkpoint(path, map_location="cpu"):
         if wanted:
             raise CheckpointError(f"{path} is refused: it wants to run {wanted[1]} on loading; "
                                   f"only tensors, numbers and strings are read") from None
-        why = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
+        why = type(error).__name__  # but for RuntimeError, whose first sentence is worth reading
+        if isinstance(error, RuntimeError):
+            why = str(error).split(". ")[0].split("\n")[0]
         raise CheckpointError(f"{path} cannot be read as a checkpoint, it is truncated or of "
                               f"another kind ({why})") from None
     if not isinstance(checkpoint, dict):
