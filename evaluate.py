@@ -316,30 +316,20 @@ def attention_maps(model, images, texts, kind):
 def gradient_maps(model, images, texts):
     """(output, sum over layers and heads of relu(A * dlogit/dA) [B,m,h,w]), after Chefer et al. 2021.
 
-    Attention also lies where a query looks in vain; its gradient tells what the look was worth. A
-    layer's result is linear in A, so dlogit/dA[query,cell] = value[cell] . dlogit/d(the attended
-    value), and one backward pass serves all queries: what a query adds to the others' logits
-    through self-attention is left in, and small.
+    Attention also lies where a query looks in vain; its gradient tells what the look was worth. One
+    backward pass serves all queries: what a query adds to the others' logits through self-attention
+    is left in, and small.
     """
-    seen = []
-    hooks = [layer.cross_attention.register_forward_hook(
-        lambda module, inputs, output: seen.append((module, inputs[1], *output)))
-        for layer in model.pathology.layers]
-    # the weights ask for no gradient, so the graph begins at the queries and leaves the backbone out
+    layers = []                                                                 # [B,heads,m,h*w] each
+    hook = model.pathology.register_forward_hook(lambda _, inputs, output: layers.extend(output[-1]))
+    # no weight asks for a gradient, so the graph begins at the queries and leaves the backbone out
     with torch.enable_grad():
         out = model(images, texts[0].detach().requires_grad_(), texts[1], need_attention=True)
-        slopes = torch.autograd.grad(out.pathology_logits.sum(), [output for _, _, output, _ in seen])
-    for hook in hooks:
-        hook.remove()
-    maps = 0
-    for (module, tokens, _, attention), slope in zip(seen, slopes):
-        w, b = module.in_proj_weight.chunk(3)[2], module.in_proj_bias.chunk(3)[2]
-        value = (tokens @ w.T + b).unflatten(-1, (module.num_heads, -1))        # [B,h*w,heads,d]
-        slope = (slope @ module.out_proj.weight).unflatten(-1, (module.num_heads, -1))
-        gain = torch.einsum("bqhd,bkhd->bhqk", slope, value)                    # dlogit/dA
-        maps = maps + (attention * gain).relu().sum(1)                          # [B,m,h*w]
+        slopes = torch.autograd.grad(out.pathology_logits.sum(), layers)
+    hook.remove()
+    maps = sum((attention * slope).relu().sum(1) for attention, slope in zip(layers, slopes))
     out = type(out)(**{k: None if v is None else v.detach() for k, v in vars(out).items()})
-    return out, maps.unflatten(-1, out.pathology_attention.shape[-2:]).detach()
+    return out, maps.detach().unflatten(-1, out.pathology_attention.shape[-2:])
 
 
 def trained_icl(model):
