@@ -102,12 +102,12 @@ def build_backbone(name):
     return nn.Sequential(*list(resnet.children())[:7]), channels, 16, 0.0
 
 
-def position_embedding(h, w, dim, device=None):
-    """[h*w, dim]: sine, cosine of the row, then of the column, at periods from 2 to 1000 cells."""
-    frequency = math.pi * torch.logspace(0, -2.7, dim // 4, device=device)      # [D/4]
+def position_embedding(h, w, channels, device=None):
+    """[h*w,C]: sine, cosine of the row, then of the column, at periods from 2 to 1000 cells."""
+    frequency = math.pi * torch.logspace(0, -2.7, channels // 4, device=device)  # [C/4]
     row, column = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device),
                                  indexing="ij")                                 # [h,w] each
-    angles = [axis.reshape(-1, 1) * frequency for axis in (row, column)]        # 2 x [h*w,D/4]
+    angles = [axis.reshape(-1, 1) * frequency for axis in (row, column)]        # 2 x [h*w,C/4]
     return torch.cat([wave(a) for a in angles for wave in (torch.sin, torch.cos)], dim=1)
 
 
@@ -115,7 +115,7 @@ def position_embedding(h, w, dim, device=None):
 
 class Attention(nn.Module):
     """Multi-head attention. nn.MultiheadAttention does the same, but projects k and v at once and
-    splits them, and on a CPU the backward of that split (whole zero tensors, filled and added) takes
+    splits them; on a CPU the backward of that split (whole zero tensors, filled and added) takes
     40 % of a step of the small preset."""
 
     def __init__(self, dim, heads, dropout):
@@ -125,16 +125,18 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
 
     def forward(self, queries, tokens, need_weights=False):  # [B,q,D], [B,t,D]
-        inputs = zip((queries, tokens, tokens), self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3))
-        q, k, v = (F.linear(x, weight, bias).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for x, weight, bias in inputs)                               # [B,heads,.,D/heads]
+        weights, biases = self.in_proj.weight.chunk(3), self.in_proj.bias.chunk(3)
+        q, k, v = (F.linear(x, w, b).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for x, w, b in zip((queries, tokens, tokens), weights, biases))
+        # q [B,heads,q,D/heads]; k, v [B,heads,t,D/heads]
         dropout, weights = self.dropout if self.training else 0.0, None
         if need_weights:
-            weights = (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)  # [B,heads,q,t]
+            weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+            weights = weights.softmax(-1)                                       # [B,heads,q,t]
             x = F.dropout(weights, dropout) @ v
         else:  # the fused kernel never writes the weights down
             x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        return self.out_proj(x.transpose(1, 2).flatten(2)), weights                       # [B,q,D]
+        return self.out_proj(x.transpose(1, 2).flatten(2)), weights             # [B,q,D]
 
 
 class QueryLayer(nn.Module):
@@ -173,13 +175,9 @@ class Stream(nn.Module):
         has_z1 = config.icl in ("cosine", "bare") and config.streams == "dual"
         self.to_z1 = nn.Linear(dim, dim) if has_z1 else None  # Z_1: ICL
         self.dropout = nn.Dropout(config.dropout)
-        self.position = config.position
 
     def forward(self, x, queries, grid, need_attention):  # x [B,h*w,C], queries [q,D]
         tokens = self.embed(x)                                                  # [B,h*w,D]
-        if self.position:
-            position = position_embedding(*grid, tokens.shape[-1], tokens.device)  # [h*w,D]
-            tokens = tokens + position.to(tokens.dtype)
         queried, maps = queries.expand(len(x), -1, -1), []                      # [B,q,D]
         for layer in self.layers:
             queried, attention = layer(queried, tokens, need_attention)
@@ -200,8 +198,6 @@ class MeDSLIP(nn.Module):
         self.config = config
         assert config.dim % config.heads == 0, \
             f"dim {config.dim} is not a multiple of heads {config.heads}"
-        assert not config.position or config.dim % 4 == 0, \
-            f"a position embedding needs dim {config.dim} % 4 == 0"
         self.backbone, channels, self.stride, self.centre = build_backbone(config.backbone)
         self.text_projection = nn.Linear(config.text_dim, config.dim)  # h_T, shared by the streams
         self.pathology = Stream(config, channels)
@@ -212,17 +208,15 @@ class MeDSLIP(nn.Module):
                 # 10 and -4 start the sigmoid near the 1-2 % of cells that hold a finding
                 self.icl_scale = nn.Parameter(torch.tensor(10.0))
                 self.icl_bias = nn.Parameter(torch.tensor(-4.0))
-        self.init_weights()
-
-    def init_weights(self):
-        """As released: linear and attention weights N(0, 0.02); the backbone keeps its own."""
-        for name, p in self.named_parameters():
-            if p.dim() == 2 and not name.startswith("backbone"):
-                nn.init.normal_(p, std=0.02)
 
     @torch.no_grad()
-    def start_at_base_rate(self, pathology, anatomy, ignore=False):
-        """Existence biases at the log odds of the labels [N,m], [N,n]; ignore leaves out the -1."""
+    def start_from(self, text, pathology, anatomy, ignore=False):
+        """Data-dependent start: queries of unit variance, existence biases at the base rate.
+
+        text [k,T]: hashed vectors have norm 1, BERT's about 15; unscaled, the former would drown in
+        the residual stream. Labels [N,m], [N,n] in {1,0,-1}; ignore leaves out the -1.
+        """
+        self.text_projection.weight.div_((text @ self.text_projection.weight.T).std())
         for stream, labels in (("pathology", pathology), ("anatomy", anatomy)):
             if hasattr(self, stream):
                 known = labels >= 0 if ignore else torch.ones_like(labels, dtype=torch.bool)
@@ -240,6 +234,8 @@ class MeDSLIP(nn.Module):
         x = self.backbone(images)                                               # [B,C,h,w]
         grid = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)                                        # [B,h*w,C] I^raw
+        if self.config.position:
+            x = x + position_embedding(*grid, x.shape[-1], x.device).to(x.dtype)
         pathology_queries = self.text_projection(pathology_text)                # [m,D] T^p
         if self.config.streams == "single":
             tokens, queried, logits, z2, maps = self.pathology(
@@ -429,3 +425,85 @@ def read_checkpoint(path, map_location="cpu"):
     return checkpoint
 
 
+# ------------------------------------------------------------------------------------------- a walk
+
+@torch.no_grad()
+def walk():
+    """Print every tensor of one phantom from report to loss: name, shape, equation.
+
+    The network is the CPU preset's with random weights; the queries are the published 75 and 51.
+    """
+    import numpy as np
+    import text
+    from data import to_input
+    from losses import image_labels, medslip_loss
+    from phantom import draw
+
+    def show(name, value, meaning):
+        print(f"  {name:<10} {','.join(map(str, value.shape)):<12} {meaning}")
+
+    film = draw(np.random.default_rng(0), size=64)
+    print("report\n  " + " ".join(film["report"].split()))
+    print("text (Sec. II-A)")
+    triplets = text.extract_triplets(film["report"])
+    for t in triplets:
+        print(f"  triplet    ({t.pathology}, {t.anatomy}, {t.existence})")
+    y = text.existence_matrix(triplets, text.PATHOLOGIES, text.ANATOMIES)
+    y = torch.from_numpy(y)[None]
+    p_prompts = text.pathology_prompts(text.PATHOLOGIES)
+    a_prompts = text.anatomy_prompts(text.ANATOMIES)
+    p_text, a_text = text.encode_text(p_prompts, "hashing"), text.encode_text(a_prompts, "hashing")
+    show("y", y, f"B,n,m: {(y == 1).sum()} cells present (1), {(y == 0).sum()} denied (0), "
+                 "the rest not mentioned (-1)")
+    show("E_T(p)", p_text, f"m,T: a frozen vector a prompt; {p_prompts[8].split('.')[0]!r}, ...")
+    show("E_T(a)", a_text, f"n,T: a frozen vector a prompt; {a_prompts[4]!r}, ...")
+
+    torch.manual_seed(0)
+    model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=128, layers=2, position=True)).eval()
+    image = to_input(torch.tensor(film["image"])[None], 64)
+    features = model.backbone(image)
+    raw = features.flatten(2).transpose(1, 2)
+    mask = model.mask(raw).sigmoid()
+    first, stride = model.cell_centres()
+    print("image (Sec. II-B.1)")
+    show("image", image, "B,3,H,W: ImageNet's mean and deviation taken out")
+    show("E_I(image)", features, f"B,C,h,w: a cell every {stride} pixels, the first at {first}")
+    show("I^raw", raw, "B,h*w,C: the same as a list of tokens")
+    show("M", mask, "sigmoid(Linear(I^raw))")
+    show("I^p", mask * raw, "M * I^raw (Eq. 1)")
+    show("I^a", (1 - mask) * raw, "(1 - M) * I^raw (Eq. 1)")
+
+    out = model(image, p_text, a_text, need_attention=True)
+    for s, stream, vectors in (("p", "pathology", p_text), ("a", "anatomy", a_text)):
+        print(f"{stream} stream (Sec. II-B.2)")
+        show(f"T^{s}", model.text_projection(vectors), f"h_T(E_T({s})): the questions")
+        for name, field, meaning in (
+                ("tokens", "tokens", f"MLP(I^{s}) + position embedding"),
+                (f"I_q^{s}", "queried", f"Q^{s}(I^{s}, T^{s}): an answer a question"),
+                ("attention", "attention", "where each question looked, mean of heads and layers"),
+                (f"y_hat^{s}", "logits", f"p^{s}(I_q^{s}), before the sigmoid"),
+                (f"Z_2^{s}", "z", f"Linear(I_q^{s}), as wide as the text vectors")):
+            show(name, getattr(out, f"{stream}_{field}"), meaning)
+
+    print("losses (Eq. 2 and Sec. II-B.3; what the report does not mention counts as denied)")
+    y = y.masked_fill(y == -1, 0)
+    present = (y == 1).float()
+    y_p, y_a = image_labels(y)
+    places = present.transpose(1, 2) @ a_text / present.sum(1).clamp(min=1)[..., None]
+    findings = present @ p_text / present.sum(2).clamp(min=1)[..., None]
+    show("y^p", y_p, f"y over the anatomies: {(y_p == 1).sum()} present")
+    show("y^a", y_a, f"y over the pathologies: {(y_a == 1).sum()} present")
+    show("P^a", places, "mean of the E_T(a) where y holds the pathology (Eq. 3)")
+    show("P^p", findings, "mean of the E_T(p) that y holds at the anatomy (Eq. 3)")
+    show("S^a,p", out.relation_logits, "<Z_1^a, Z_1^p>, scaled and shifted (Eq. 5)")
+    loss = medslip_loss(out, y, p_text, a_text)
+    for name, key, meaning in (
+            ("L_Exist", "existence", "BCE(y_hat^p, y^p) + BCE(y_hat^a, y^a) (Eq. 2)"),
+            ("L_ProtoCL", "protocl", "-log softmax of Z_2 . P among 7 Z_2 . T^-, p and a (Eq. 4)"),
+            ("L_ICL", "icl", "BCE(S^a,p, y) (Eq. 6)"),
+            ("L", "loss", "L_Exist + L_ProtoCL + L_ICL (Eq. 7 at alpha = beta = 1)")):
+        print(f"  {name:<10} {loss[key]:<12.4f} {meaning}")
+
+
+if __name__ == "__main__":
+    walk()

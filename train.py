@@ -137,8 +137,8 @@ def resolve(given, saved=None):
         raise InputError("--streams single has no anatomy stream for ICL to relate; leave --beta out")
     if args.accumulate < 1 or args.batch_size < 1 or args.epochs < 1:
         raise InputError("--accumulate, --batch-size and --epochs must be at least 1")
-    if args.dim % args.heads or args.dim % 4:
-        raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads} and of 4")
+    if args.dim % args.heads:
+        raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
     return args
 
 
@@ -308,7 +308,8 @@ def main(args):
         position=args.position == "sincos", streams=args.streams, mask=args.mask, icl=args.icl)
     raw_model = MeDSLIP(config)
     sample = torch.as_tensor(table.existence(rows[:2000], pathologies, anatomies))
-    raw_model.start_at_base_rate(*image_labels(sample), ignore=args.unmentioned == "ignore")
+    raw_model.start_from(torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]]),
+                         *image_labels(sample), ignore=args.unmentioned == "ignore")
     raw_model = raw_model.to(device, memory_format=torch.channels_last)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world > 1:
