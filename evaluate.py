@@ -120,9 +120,11 @@ def bootstrap_auroc(labels, scores, n=1000, seed=0, groups=None):
 
 
 def central(values):
-    """(low, high) of the central 95 %, nan left out; (None, None) of nothing."""
-    values = np.asarray(values, float)
-    values = values[~np.isnan(values)]
+    """(low, high) of the central 95 % of [n], or of the row means of [n,L]; nan left out, and
+    (None, None) of nothing."""
+    values = np.asarray(values, float).reshape(len(values), -1)
+    known = ~np.isnan(values)
+    values = np.where(known, values, 0).sum(1)[known.any(1)] / known.sum(1)[known.any(1)]
     return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
 
 
@@ -136,7 +138,7 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     if metric == "auroc":
         values = bootstrap_auroc(labels.reshape(len(labels), -1), scores.reshape(len(labels), -1),
                                  n, seed, groups)
-        return central(values[:, ~np.isnan(values).all(0)].mean(1))
+        return central(values)
     groups, kinds, values = np.arange(len(labels)) if groups is None else groups, {*labels.flat}, []
     for counts in resample_counts(groups, n, seed, 1):
         rows = np.repeat(np.arange(len(labels)), counts[0])
@@ -431,7 +433,7 @@ def score_classes(args, table, rows, parts, gather):
 
         result, customary = block(honest), block(best)
         whole = [names.index(name) for name, c in result["per_class"].items() if c["auroc"] is not None]
-        result["auroc_ci95"] = central(spread[:, whole].mean(1)) if whole else (None, None)
+        result["auroc_ci95"] = central(spread[:, whole])
         for name, c in result["per_class"].items():
             c["auroc_ci95"] = central(spread[:, names.index(name)]) if c["auroc"] is not None else None
             if c["auroc"] is None:
