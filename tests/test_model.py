@@ -7,6 +7,8 @@ golden.npz holds what the published code returned for weights and inputs made by
 dropout off). Other seeds are compared with `Published` below: the released architecture built from
 PyTorch's own transformer layers, under the released names.
 """
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -322,11 +324,20 @@ def test_every_parameter_learns_and_the_text_does_not(changes):
     assert not any("text" in k and "projection" not in k for k, _ in model.named_parameters())
 
 
-def test_start_at_base_rate():
+def test_start_from():
     model, batch, _ = ask(B=1)
     pathology, anatomy = torch.tensor([[1, 0, -1, -1, -1]]), torch.tensor([[1, 1, 0, 0]])
-    model.start_at_base_rate(pathology, anatomy)
+    model.start_from(torch.randn(3, model.config.text_dim), pathology, anatomy)
     assert model.pathology.existence.bias.sigmoid().item() == pytest.approx(1 / 5)
-    model.start_at_base_rate(pathology, anatomy, ignore=True)
+    model.start_from(torch.randn(3, model.config.text_dim), pathology, anatomy, ignore=True)
     assert model.pathology.existence.bias.sigmoid().item() == pytest.approx(1 / 2)
     assert model.anatomy.existence.bias.sigmoid().item() == pytest.approx(1 / 2)
+
+
+def test_walk():
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "model.py"], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert all(f"(Eq. {i})" in run.stdout for i in range(1, 7))
+    parts = [float(line.split()[1]) for line in run.stdout.splitlines()[-4:]]
+    assert sum(parts[:3]) == pytest.approx(parts[3], abs=2e-4)
