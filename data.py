@@ -695,7 +695,8 @@ def prepare_chunk(job):
     root, folder, start, items, size, triplets, given = job
     name = os.path.join(folder, "parts", f"{start // CHUNK:06d}")
     images = os.path.join(folder, "images.npy")
-    block = np.load(images, mmap_mode="r", allow_pickle=False)[start:start + len(items)]
+    stored = np.load(images, mmap_mode="r", allow_pickle=False)
+    block = stored[start:start + len(items)]
     made_from = f"{FORMAT} {size} {stamp(root, [item.path for item in items])}"
     pixels = read_part(name + ".pixels.json", made_from)
     if pixels is None or pixels["crc"] != zlib.crc32(block):
@@ -708,7 +709,7 @@ def prepare_chunk(job):
                 errors.append((start + k, trouble(path), f"{error}"[:200]))
             shapes.append(shape)
         with open(images, "r+b") as file:  # not through the map: there a full disk kills the process
-            file.seek(block.offset)
+            file.seek(stored.offset + start * size * size)
             file.write(fresh)
         pixels = dict(made_from=made_from, crc=zlib.crc32(fresh), shapes=shapes, errors=errors)
         write_json(name + ".pixels.json", pixels)
@@ -888,22 +889,37 @@ def hold(lock):
 
 
 def inputs(root, elsewhere, dataset, size, options):
-    """What the cache depends on and a look from outside can tell."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.is_file())
+    """What the cache depends on, as far as a look from outside tells: label files and folders."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(
+        (".csv", ".gz", ".zip", ".txt", ".json"))
+        or entry.is_dir() and not entry.name.startswith("prepared-"))
     files = [os.path.abspath(options["split_file"])] if options["split_file"] else []
     if options["triplets"] != "rules":
         files += [os.path.abspath(options["triplets"])]
-    seen = stamp(root, names + files) + stamp("", [text.__file__])
-    return f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} {seen}"
+    return (f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} {rules()} "
+            + stamp(root, names + files))
+
+
+def rules():
+    """A digest of text.py: when its rules change the reports are read again, the images are not."""
+    with open(text.__file__, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
 
 
 def read_receipt(folder, root, made_from):
     """The receipt of a finished cache that is up to date, else None."""
     receipt = read_part(os.path.join(folder, "receipt.json"), made_from)
-    if receipt is None or not os.path.exists(os.path.join(folder, "images.npy")):
+    if receipt is None or receipt["files"] != sizes(folder):
         return None
     # what was missing or damaged may have been repaired since
     return receipt if stamp(root, receipt["unusable"]) == receipt["unusable_stamp"] else None
+
+
+def sizes(folder):
+    """Bytes of the cache's files; a truncated one shows."""
+    return {name: os.path.getsize(os.path.join(folder, name))
+            for name in ("images.npy", "arrays.npz", "index.json")
+            if os.path.exists(os.path.join(folder, name))}
 
 
 def prepare(dataset, root, folder, size, workers, options, made_from):
@@ -926,7 +942,7 @@ def prepare(dataset, root, folder, size, workers, options, made_from):
         np.lib.format.open_memmap(images, "w+", np.uint8, shape)  # takes no space until written
 
     given = read_triplets(options["triplets"])
-    kind = options["triplets"] if given else stamp("", [text.__file__])
+    kind = options["triplets"] if given else rules()
     jobs = [(root, folder, start, items[start:start + CHUNK], size, kind,
              given and [given(item) for item in items[start:start + CHUNK]])
             for start in range(0, len(items), CHUNK)]
@@ -985,7 +1001,7 @@ def prepare(dataset, root, folder, size, workers, options, made_from):
                 for k, name in enumerate(names)},
         seconds=round(seconds, 2), images_per_second=round(len(items) / max(seconds, 1e-9), 1),
         workers=workers, fingerprint=digest.hexdigest()[:16], made_from=made_from,
-        unusable=unusable, unusable_stamp=stamp(root, unusable))
+        files=sizes(folder), unusable=unusable, unusable_stamp=stamp(root, unusable))
     write_json(os.path.join(folder, "receipt.json"), receipt)
     return receipt
 
@@ -1296,7 +1312,10 @@ def augment(images, existence, swap, generator, size, crop=(0.2, 1.0), flip="swa
     x = images[:, None].float()                                                    # [B,1,S,S]
     if S >= 2 * size:  # sampling every other pixel would alias
         x = F.avg_pool2d(x, S // size)
-    grid = F.affine_grid(theta, (B, 1, size, size), align_corners=False)
+    # black outside the image, but its outer half pixels are not mixed with black
+    S = x.shape[-1]
+    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    grid = F.affine_grid(theta * (S / (S + 2)), (B, 1, size, size), align_corners=False)
     x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)[:, 0]         # [B,size,size]
 
     for k in range(ops):
@@ -1377,7 +1396,8 @@ def load_from_args(args):
 
 def print_receipt(receipt):
     for key, value in receipt.items():
-        if key in ("made_from", "unusable", "unusable_stamp", "skipped_files", "labels"):
+        if key in ("made_from", "unusable", "unusable_stamp", "skipped_files", "labels",
+                   "files"):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items()) or "none"
