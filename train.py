@@ -23,6 +23,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,8 @@ def parse_args(argv=None):
     """Only the flags given; `resolve` fills in the rest."""
     p = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     add_data_flags(p)
+    for action in p._actions:  # these flags have defaults of their own, and --resume asks: given?
+        action.default = argparse.SUPPRESS
     g = p.add_argument_group("what to learn from")
     g.add_argument("--data", choices=DATASETS, help="data set with reports (synthetic)")
     g.add_argument("--queries", choices=["published", "corpus"],
@@ -135,8 +138,16 @@ def resolve(given, saved=None):
     args.beta = getattr(args, "beta", 1.0 if args.streams == "dual" else 0.0)
     if args.streams == "single" and args.beta > 0:
         raise InputError("--streams single has no anatomy stream for ICL to relate; leave --beta out")
-    if args.accumulate < 1 or args.batch_size < 1 or args.epochs < 1:
-        raise InputError("--accumulate, --batch-size and --epochs must be at least 1")
+    for name, least in dict(accumulate=1, batch_size=1, epochs=1, layers=1, heads=1, dim=1,
+                            image_size=16, log_every=1, save_every=1, augment_ops=0, seed=0,
+                            warmup_epochs=0, lr=0, min_lr=0, weight_decay=0).items():
+        if not getattr(args, name) >= least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}")
+    for name, fits in (("crop", 0 < args.crop <= 1), ("dropout", 0 <= args.dropout < 1),
+                       ("clip", args.clip > 0)):
+        if not fits:
+            raise InputError(f"--{name} {getattr(args, name)} is out of range, which is " + dict(
+                crop="above 0 to 1", dropout="0 to below 1", clip="above 0")[name])
     if args.dim % args.heads:
         raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
     return args
@@ -153,13 +164,17 @@ def learning_rate(step, steps_per_epoch, args):
     return args.min_lr + (args.lr - args.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def split_names(listed):
+    return [name.strip() for name in listed.split(",") if name.strip()]
+
+
 def build_queries(table, args):
     """Both query sets with their prompts and frozen text vectors: all that inference needs of text."""
     pathologies, anatomies = list(PATHOLOGIES), list(ANATOMIES)
     if args.queries == "corpus":
         triplets = (Triplet(p, a, v) for i in table.rows("train") for p, a, v in table.cells(i))
         pathologies, anatomies = top_queries(triplets, len(PATHOLOGIES), len(ANATOMIES))
-    held_out = [name for name in args.hold_out.split(",") if name]
+    held_out = split_names(args.hold_out)
     for name in held_out:
         if name not in pathologies:
             raise InputError(f"--hold-out {name} is no query; they are {', '.join(pathologies)}")
@@ -189,24 +204,33 @@ def seed_of(seed, step, part):
 
 
 @torch.inference_mode()
-def validate(model, table, queries, unmentioned, image_size, device, amp, rank=0, world=1):
+def validate(model, table, queries, held_out, unmentioned, image_size, device, amp, rank=0,
+             world=1):
     """Macro AUROC of pathology existence on the validation reports; each process takes its share."""
     model.eval()
-    rows = table.rows("validate")[rank::world]
+    if world > 1:  # only the first process's batch-norm statistics go into the checkpoint
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+    rows = table.rows("validate")
+    rows = rows[table.has_report[rows]][rank::world]
     text = [queries[kind]["text"].to(device) for kind in ("pathology", "anatomy")]
-    names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
+    pathologies, anatomies = (queries[kind]["names"] for kind in ("pathology", "anatomy"))
     logits, labels = [], []
     for chunk in (rows[i:i + 64] for i in range(0, len(rows), 64)):
         x = to_input(torch.from_numpy(table.images[chunk]).to(device), image_size)      # [b,3,H,W]
         with torch.autocast(device.type, amp) if amp else nullcontext():
             logits.append(model(x, *text).pathology_logits.float().cpu())               # [b,m]
-        labels.append(image_labels(torch.as_tensor(table.existence(chunk, *names)))[0])
+        existence = torch.as_tensor(table.existence(chunk, pathologies + held_out, anatomies))
+        labels.append(image_labels(existence[..., :len(pathologies)])[0])               # [b,m]
     share = [torch.cat(logits).numpy(), torch.cat(labels).numpy()] if logits else None
     shares = [share]
     if world > 1:
         shares = [None] * world
         dist.all_gather_object(shares, share)
-    scores, labels = (np.concatenate(a) for a in zip(*[s for s in shares if s is not None]))
+    shares = [s for s in shares if s is not None]
+    if not shares:
+        return float("nan")
+    scores, labels = (np.concatenate(a) for a in zip(*shares))
     if unmentioned == "negative":
         labels = np.maximum(labels, 0)
     auroc = classification_scores(labels, scores)["auroc"]
@@ -229,6 +253,11 @@ def save_checkpoint(path, checkpoint):
             if path.exists() else "nothing was saved"))
 
 
+def log_line(**numbers):
+    """One JSON object; JSON knows no NaN, so what is not finite becomes null."""
+    return json.dumps({k: v if math.isfinite(v) else None for k, v in numbers.items()}) + "\n"
+
+
 def reopen_log(path, step, resume):
     """out/log.jsonl, without what a killed run wrote after its last checkpoint."""
     kept = []
@@ -238,7 +267,9 @@ def reopen_log(path, step, resume):
                 kept += [line] if json.loads(line)["step"] <= step else []
             except (json.JSONDecodeError, KeyError):
                 pass  # the line that the kill cut in two
-    path.write_text("".join(line + "\n" for line in kept))
+    draft = path.with_suffix(".tmp")
+    draft.write_text("".join(line + "\n" for line in kept))
+    os.replace(draft, path)
     return open(path, "a", buffering=1)
 
 
@@ -246,21 +277,27 @@ def reopen_log(path, step, resume):
 
 def main(args):
     out_dir = Path(getattr(args, "out_dir", COMMON["out_dir"]))
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make --out-dir {out_dir} ({error.strerror})")
     path, checkpoint = out_dir / "ckpt.pt", None
     if getattr(args, "resume", False):
         if not path.exists():
             raise InputError(f"--resume finds no {path}; leave it out to start a run")
         checkpoint = read_checkpoint(path)
-        if not {"optimizer", "step", "args", "queries"} <= checkpoint.keys():
+        if not {"optimizer", "scaler", "step", "args", "queries", "rng", "best",
+                "fingerprint"} <= checkpoint.keys():
             raise InputError(f"{path} holds weights but no training state; --resume needs our own")
     args = resolve(args, checkpoint and checkpoint["args"])
 
     # ---- processes and device
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch sees no GPU; leave --device out")
+    try:
+        device = torch.device(args.device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {args.device} is none that PyTorch can use here; leave it out")
     if device.type == "cuda" and world > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -281,14 +318,16 @@ def main(args):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
     # ---- data and queries: the first process prepares, the others find it done
+    if world > 1:
+        patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))  # MIMIC takes hours
     if world > 1 and not main_process:
-        dist.barrier()
+        dist.barrier(patient)
     table = load_from_args(args)
     if not table.has_reports:
         raise InputError(f"{args.data} has no reports to learn from; it serves evaluate.py and finetune.py")
     queries = checkpoint["queries"] if checkpoint else build_queries(table, args)
     if world > 1 and main_process:
-        dist.barrier()
+        dist.barrier(patient)
     if checkpoint and checkpoint["fingerprint"] != table.receipt["fingerprint"]:
         raise InputError(f"{table.root} has changed since the run began; --resume needs the same data")
     pathologies, anatomies = queries["pathology"]["names"], queries["anatomy"]["names"]
@@ -296,7 +335,9 @@ def main(args):
     anatomy_text = queries["anatomy"]["text"].to(device)                                # [n,T]
     swap = side_swap_index(anatomies).to(device)                                        # [n]
     rows = table.rows("train")
-    batches = Batches(table, rows, args.batch_size, args.seed, pathologies, anatomies, rank, world)
+    held_out = split_names(args.hold_out)  # asked for, else the bucket of rare findings takes them
+    batches = Batches(table, rows, args.batch_size, args.seed, pathologies + held_out, anatomies,
+                      rank, world)
     steps_per_epoch = len(batches)
     total = min(args.epochs * steps_per_epoch, args.max_steps or 2**62)
 
@@ -307,7 +348,8 @@ def main(args):
         heads=args.heads, text_dim=pathology_text.shape[1], dropout=args.dropout,
         position=args.position == "sincos", streams=args.streams, mask=args.mask, icl=args.icl)
     raw_model = MeDSLIP(config)
-    sample = torch.as_tensor(table.existence(rows[:2000], pathologies, anatomies))
+    sample = torch.as_tensor(table.existence(rows[:2000], pathologies + held_out, anatomies))
+    sample = sample[..., :len(pathologies)]                                             # [.,n,m]
     raw_model.start_from(torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]]),
                          *image_labels(sample), ignore=args.unmentioned == "ignore")
     raw_model = raw_model.to(device, memory_format=torch.channels_last)
@@ -318,11 +360,13 @@ def main(args):
     vectors = [p for p in raw_model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}], lr=args.lr, fused=True)
+    statistics = [b for b in raw_model.buffers() if b.is_floating_point()]  # batch norm's, [C] each
     step, best = 0, {"auroc": 0.0, "epoch": -1}
     if checkpoint:
         raw_model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if scaler.is_enabled() and checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
         step, best = checkpoint["step"], checkpoint["best"]
         torch.set_rng_state(checkpoint["rng"])
 
@@ -344,30 +388,35 @@ def main(args):
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.append(1))
+
+    def ignore_signals(_):  # they reach the whole process group; the loader's workers serve on
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     log = reopen_log(out_dir / "log.jsonl", step, bool(checkpoint)) if main_process else None
     workers = (4 if device.type == "cuda" else 0) if args.workers is None else args.workers
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(step, total), num_workers=workers,
-        pin_memory=device.type == "cuda", persistent_workers=workers > 0))
+        pin_memory=device.type == "cuda", persistent_workers=workers > 0,
+        worker_init_fn=ignore_signals))
     bar = tqdm(total=total, initial=step, unit="step", disable=None if main_process else True,
                dynamic_ncols=True)
     bad = torch.zeros(3, device=device)  # non-finite steps: in a row, longest row, all
-    seen, clock = 0, time.perf_counter()
+    seen, clock, start = 0, time.perf_counter(), step
     while True:  # total + 1 rounds: the last one only validates and saves
-        last = step >= total or bool(stop)
+        done = step >= total
+        last = done or bool(stop)
         if world > 1:
             flag = torch.tensor(float(last))
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             last = flag.item() > 0
         epoch_done = step > 0 and step % steps_per_epoch == 0
-        if (epoch_done or (last and not stop)) and step > (checkpoint or {"step": 0})["step"]:
-            auroc = validate(raw_model, table, queries, args.unmentioned, args.image_size, device,
-                             amp, rank, world)
+        if (epoch_done or done) and step > start:
+            auroc = validate(raw_model, table, queries, held_out, args.unmentioned, args.image_size,
+                             device, amp, rank, world)
             if auroc > best["auroc"]:
                 best = {"auroc": auroc, "epoch": step // steps_per_epoch}
             if main_process:
-                log.write(json.dumps({"step": step, "epoch": step / steps_per_epoch,
-                                      "validation_auroc": auroc}) + "\n")
+                log.write(log_line(step=step, epoch=step / steps_per_epoch, validation_auroc=auroc))
                 tqdm.write(f"step {step} epoch {step / steps_per_epoch:.2f}: validation existence "
                            f"AUROC {auroc:.4f} (best {best['auroc']:.4f})")
             clock, seen = time.perf_counter(), 0
@@ -378,7 +427,8 @@ def main(args):
 
         batch = next(loader)
         images = batch["images"].to(device, non_blocking=True)                          # [b,S,S]
-        existence = batch["existence"].to(device, non_blocking=True)                    # [b,n,m]
+        existence = batch["existence"].to(device, non_blocking=True)
+        existence = existence[..., :len(pathologies)]                                   # [b,n,m]
         parts = []
         for k, (x, y) in enumerate(zip(images.chunk(args.accumulate), existence.chunk(args.accumulate))):
             generator = torch.Generator().manual_seed(
@@ -395,7 +445,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.train()
-        losses = 0
+        losses, before = 0, torch.cat(statistics)
         for k, (x, y) in enumerate(parts):
             torch.manual_seed(seed_of(args.seed, step, rank * args.accumulate + k))
             # gradients travel between processes once a step, with its last part
@@ -419,6 +469,10 @@ def main(args):
             optimizer.found_inf = skip.float()
         scaler.step(optimizer)
         scaler.update()
+        # nor may a forward pass that overflowed stay in the running means of batch norm
+        kept = torch.where(skip, before, torch.cat(statistics)).split([len(b) for b in statistics])
+        for b, value in zip(statistics, kept):
+            b.copy_(value)
         optimizer.zero_grad(set_to_none=True)
         row = (bad[0] + 1) * (~torch.isfinite(losses[0]) if scaler.is_enabled() else skip)
         bad = torch.stack([row, torch.maximum(bad[1], row), bad[2] + (row > 0)])
@@ -429,10 +483,10 @@ def main(args):
             loss, exist, proto, icl = losses.tolist()
             rate = seen / (time.perf_counter() - clock)
             if main_process:
-                log.write(json.dumps({
-                    "step": step, "epoch": step / steps_per_epoch, "lr": lr, "loss": loss,
-                    "existence": exist, "protocl": proto, "icl": icl, "grad_norm": norm.item(),
-                    "skipped": int(bad[2]), "images_per_s": round(rate, 1)}) + "\n")
+                log.write(log_line(
+                    step=step, epoch=step / steps_per_epoch, lr=lr, loss=loss, existence=exist,
+                    protocl=proto, icl=icl, grad_norm=norm.item(), skipped=int(bad[2]),
+                    images_per_s=round(rate, 1)))
                 bar.set_postfix_str(f"loss {loss:.3f} = {exist:.3f} + {proto:.3f} + {icl:.3f}, "
                                     f"{rate:.0f} images/s")
             if bad[1] >= 3:
@@ -441,7 +495,7 @@ def main(args):
                     "nothing was saved") + ", a lower --lr or --amp off")
     bar.close()
     if main_process:
-        print(f"{'stopped' if stop else 'done'} at step {step}; checkpoint {path}; "
+        print(f"{'done' if done else 'stopped'} at step {step}; checkpoint {path}; "
               f"best validation AUROC {best['auroc']:.4f}; {int(bad[2])} steps skipped")
     if world > 1:
         dist.destroy_process_group()
