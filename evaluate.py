@@ -259,18 +259,19 @@ def queries_for(model, labels, args):
     never trained]). Those k are encoded from --prompt or their definition and asked last.
     """
     stored, anatomy_text = model.queries["pathology"], model.queries["anatomy"]["text"]
-    columns = {k: stored["names"].index(name) for k, name in labels.items() if name in stored["names"]}
+    place = {name: k for k, name in enumerate(stored["names"])}
+    columns = {label: place[name] for label, name in labels.items() if name in place}
     unseen = [label for label in labels if label not in columns]
     if args.prompt and len(labels) == 1:
         unseen = list(labels)
     if not unseen:
         return (stored["text"], anatomy_text), columns, unseen
-    prompts = [args.prompt or PROMPTS.get(label) or text.pathology_prompts([labels[label] or label])[0]
-               for label in unseen]
+    prompts = [args.prompt or PROMPTS.get(label)
+               or text.pathology_prompts([labels[label] or label])[0] for label in unseen]
     extra = text.encode_text(prompts, args.text_encoder or model.queries["encoder"], args.cache_dir)
     if extra.shape[1] != model.config.text_dim:
-        raise InputError(f"the text encoder gives vectors of width {extra.shape[1]}, the model takes "
-                         f"{model.config.text_dim}; use the one it was trained with")
+        raise InputError(f"the text encoder gives vectors of width {extra.shape[1]}, the model "
+                         f"takes {model.config.text_dim}; use the one it was trained with")
     columns |= {label: len(stored["names"]) + k for k, label in enumerate(unseen)}
     return (torch.cat([stored["text"].cpu(), extra]), anatomy_text), columns, unseen
 
@@ -316,14 +317,14 @@ def attention_maps(model, images, texts, kind):
 
 
 def gradient_maps(model, images, texts):
-    """(output, sum over layers and heads of relu(A * dlogit/dA) [B,m,h,w]), after Chefer et al. 2021.
+    """(output, [B,m,h,w]): relu(A * dlogit/dA) summed over layers and heads (Chefer et al. 2021).
 
     Attention also lies where a query looks in vain; its gradient tells what the look was worth. One
     backward pass serves all queries: what a query adds to the others' logits through self-attention
     is left in, and small.
     """
-    layers = []                                                                 # [B,heads,m,h*w] each
-    hook = model.pathology.register_forward_hook(lambda _, inputs, output: layers.extend(output[-1]))
+    layers = []                                                             # of [B,heads,m,h*w]
+    hook = model.pathology.register_forward_hook(lambda _, inputs, out: layers.extend(out[-1]))
     # no weight asks for a gradient, so the graph begins at the queries and leaves the backbone out
     with torch.enable_grad():
         out = model(images, texts[0].detach().requires_grad_(), texts[1], need_attention=True)
@@ -375,8 +376,8 @@ def pair_labels(table, rows, names, cells="all"):
     if table.truth(rows[:1], *names) is not None:
         return table.truth(rows, *names), "what was drawn"
     if not table.has_reports:
-        raise InputError(f"{table.dataset} has no reports and so no matrix of pairs; this task takes "
-                         "synthetic, mimic, openi or covid-chestxray")
+        raise InputError(f"{table.dataset} has no reports and so no matrix of pairs; this task "
+                         "takes synthetic, mimic, openi or covid-chestxray")
     matrix = table.existence(rows, *names)
     if cells == "mentioned":
         return matrix, "the reports, pairs they mention"
@@ -387,7 +388,7 @@ def label_names(table, rows):
     """{label: its name in the vocabulary or None}; of phantoms, the pathologies that were drawn."""
     if table.truth(rows[:1], (), ()) is None:
         return dict(zip(table.label_names, table.label_pathologies))
-    drawn = in_chunks(lambda r: table.truth(r, text.PATHOLOGIES, text.ANATOMIES).any(1), rows).any(0)
+    drawn = label_values(table, rows, text.PATHOLOGIES).any(0)
     return {name: name for name, there in zip(text.PATHOLOGIES, drawn) if there}
 
 
@@ -395,7 +396,8 @@ def label_values(table, rows, labels):
     """int8 [N,L] in {1,0,-1}."""
     if table.truth(rows[:1], (), ()) is None:
         return np.asarray(table.labels[rows])
-    return in_chunks(lambda r: table.truth(r, list(labels), text.ANATOMIES).any(1), rows).astype(np.int8)
+    drawn = in_chunks(lambda r: table.truth(r, list(labels), text.ANATOMIES).any(1), rows)
+    return drawn.astype(np.int8)
 
 
 def options(args):
@@ -432,10 +434,9 @@ def score_classes(args, table, rows, parts, gather):
                                          [threshold[name] for name in part], part)
 
         result, customary = block(honest), block(best)
-        whole = [names.index(name) for name, c in result["per_class"].items() if c["auroc"] is not None]
-        result["auroc_ci95"] = central(spread[:, whole])
+        result["auroc_ci95"] = central(spread[:, k])
         for name, c in result["per_class"].items():
-            c["auroc_ci95"] = central(spread[:, names.index(name)]) if c["auroc"] is not None else None
+            c["auroc_ci95"] = central(spread[:, names.index(name)])
             if c["auroc"] is None:
                 print(f"{name}: {c['n_pos']} of {c['n']} positive; not in the mean")
         blocks[title] = result | {"thresholds_from": source, "customary": {
@@ -443,9 +444,8 @@ def score_classes(args, table, rows, parts, gather):
         each = [*result["per_class"].items(), (f"mean, {title}", result)]
         for name, c in each:
             other = customary if c is result else customary["per_class"][name]
-            low, high = c["auroc_ci95"] or (None, None)
-            lines.append([name, c.get("n_pos", ""), c["auroc"], low, high, c["ap"], c["f1"], c["acc"],
-                          other["f1"], other["acc"]])
+            lines.append([name, c.get("n_pos", ""), c["auroc"], *c["auroc_ci95"], c["ap"], c["f1"],
+                          c["acc"], other["f1"], other["acc"]])
     print_table(["", "n+", "AUROC", "95 %", "", "AP", "F1", "ACC", "F1*", "ACC*"], lines)
     print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}, "
           f"with * at the best on {args.split} itself (customary, flattering)")
@@ -459,7 +459,7 @@ def classification(args, model, table, rows):
     """Does an image show it? Each label of the data set by name or prompt (Table III, Fig. 4)."""
     labels = label_names(table, rows)
     if not labels:
-        raise InputError(f"{table.dataset} has no labels of its own; try --task relation or anatomy")
+        raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
     texts, columns, unseen = queries_for(model, labels, args)
     order = [name for name in labels if name not in unseen] + unseen
     at = [list(labels).index(name) for name in order]
@@ -467,10 +467,12 @@ def classification(args, model, table, rows):
     def gather(some):
         logits = [out.pathology_logits[:, [columns[name] for name in order]]
                   for _, out, _ in predict(model, table, some, texts, **options(args))]
-        return label_values(table, some, labels)[:, at], torch.cat(logits).double().sigmoid().numpy()
+        scores = torch.cat(logits).double().sigmoid().numpy()
+        return label_values(table, some, labels)[:, at], scores
 
     parts = {"trained on": order[:len(order) - len(unseen)], "not trained on": unseen}
-    blocks, arrays, draw = score_classes(args, table, rows, {k: v for k, v in parts.items() if v}, gather)
+    parts = {title: names for title, names in parts.items() if names}
+    blocks, arrays, draw = score_classes(args, table, rows, parts, gather)
     metrics = blocks.get("trained on", blocks.get("not trained on"))
     if len(blocks) == 2:
         metrics["unseen"] = blocks["not trained on"]
@@ -480,7 +482,7 @@ def classification(args, model, table, rows):
 def anatomy(args, model, table, rows):
     """Is there anything at each anatomy? Existence in the second stream."""
     if model.config.streams == "single":
-        raise InputError("a single-stream model has no anatomy stream; train one with --streams dual")
+        raise InputError("a single-stream model has no anatomies; train one with --streams dual")
     names = query_names(model)
 
     def gather(some):
@@ -504,7 +506,8 @@ def mask_of(table, i, label, target):
         mask = np.zeros((height, width), bool)
         for x, y, w, h in (box[1:] for box in table.boxes[i] if box[0] == label):
             top, left = int(y * height), int(x * width)
-            mask[top:max(round((y + h) * height), top + 1), left:max(round((x + w) * width), left + 1)] = True
+            bottom, right = round((y + h) * height), round((x + w) * width)
+            mask[top:max(bottom, top + 1), left:max(right, left + 1)] = True
     return mask
 
 
@@ -525,7 +528,8 @@ def fixed_answers(table, rows, labels, target, size=64, most=3000):
             masks[label].append(shrink(mask_of(table, i, label, target), size))
     answers = {}
     for label, some in masks.items():
-        mean = np.mean(some, axis=0) / np.mean(some, axis=0).max() if some else np.ones((size, size))
+        mean = np.mean(some or [np.ones((size, size))], axis=0)
+        mean /= mean.max()
         dice = np.mean([overlap(mean, mask, THRESHOLDS)[0] for mask in some or [mean > 0]], axis=0)
         answers[label] = mean, mean > THRESHOLDS[dice.argmax()]
     return answers
@@ -539,8 +543,9 @@ def heat_of(model, attention, shape, image_size):
 
 
 def locate(args, model, table, rows, texts, columns, thresholds):
-    """Yields (row, label, mask, heat, Dice [K], IoU [K]) for each label that the data set locates."""
-    for chunk, _, maps in predict(model, table, rows, texts, attention=args.attention, **options(args)):
+    """Yields (row, label, mask, heat, Dice [K], IoU [K]) for each label located in an image."""
+    for chunk, _, maps in predict(model, table, rows, texts, attention=args.attention,
+                                  **options(args)):
         for i, attention in zip(chunk, maps):
             for label in labels_shown(table, i, columns):
                 mask = mask_of(table, i, label, args.target)
@@ -554,19 +559,23 @@ def grounding(args, model, table, rows):
     vocabulary = dict(zip(table.label_names, table.label_pathologies))
     labels = {box[0]: vocabulary.get(box[0], box[0]) for i in rows for box in table.boxes[i]}
     if not labels:
-        raise InputError(f"{table.dataset} has no boxes or masks in its {args.split} split; grounding "
-                         "takes synthetic, rsna, nih or siim")
+        raise InputError(f"{table.dataset} has no boxes or masks in its {args.split} split; "
+                         "grounding takes synthetic, rsna, nih or siim")
     texts, columns, unseen = queries_for(model, labels, args)
-    splits = {"train": table.rows("train"), "validate": validation_rows(args, table), args.split: rows}
-    splits = {k: np.array([i for i in v if labels_shown(table, i, labels)], int) for k, v in splits.items()}
+    splits = {"train": table.rows("train"), "validate": validation_rows(args, table),
+              args.split: rows}
+    splits = {split: np.array([i for i in some if labels_shown(table, i, labels)], int)
+              for split, some in splits.items()}
     threshold, source = args.threshold, "--threshold"
     if threshold is None:
         source = "validate" if len(splits["validate"]) else args.split
-        dice = [found[4] for found in locate(args, model, table, splits[source], texts, columns, THRESHOLDS)]
-        threshold = float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
+        found = locate(args, model, table, splits[source], texts, columns, THRESHOLDS)
+        dice = np.mean([dice for *_, dice, _ in found], axis=0)
+        threshold = float(THRESHOLDS[dice.argmax()])
     known = next(k for k in ("train", "validate", args.split) if len(splits[k]))
     fixed = fixed_answers(table, splits[known], labels, args.target)
-    ours, trivial = ("pointing_game", "iou", "dice"), ("random", "brightest", "fixed_point", "fixed_dice")
+    ours = "pointing_game", "iou", "dice"
+    trivial = "random_point", "brightest_point", "fixed_point", "fixed_dice"
     records, examples = [], {}
     for i, label, mask, heat, dice, iou in locate(
             args, model, table, splits[args.split], texts, columns, np.array([threshold])):
@@ -587,19 +596,22 @@ def grounding(args, model, table, rows):
     metrics["per_class"] = {name: means(values[label == name]) for name in columns if name in label}
     patients = np.array([table.patients[i] for i in index])
     for k, key in ((0, "pointing_game"), (2, "dice")):
-        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), np.zeros(len(values)), values[:, k],
+        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), label != "", values[:, k],
                                               args.bootstrap, args.seed, patients)
     metrics |= {"threshold": threshold, "threshold_from": source, "attention": args.attention,
                 "target": args.target, "trivial_from": known, "not_trained_on": unseen}
     lines = sorted(metrics["per_class"].items(), key=lambda item: item[1]["pointing_game"])
-    lines = [[name + (" (not trained on)" if name in unseen else ""), c["n"], *(c[k] for k in ours + trivial)]
+    lines = [[name + (" (not trained on)" if name in unseen else ""), c["n"],
+              *(c[k] for k in ours + trivial)]
              for name, c in lines + [("all", metrics | metrics["trivial"])]]
-    print_table(["", "n", "pointing", "IoU", "Dice", "random pt", "brightest", "fixed pt", "fixed Dice"], lines)
-    print(f"{args.attention} attention against each {args.target}; regions above {threshold:.2f} of the "
-          f"maximum (from {source}); trivial answers from {known}")
+    print_table(["", "n", "pointing", "IoU", "Dice", "random", "brightest", "fixed", "fixed Dice"],
+                lines)
+    print(f"{args.attention} attention against each {args.target}; regions above {threshold:.2f} "
+          f"of the maximum (from {source}); trivial answers from {known}")
     arrays = dict(ids=np.array([table.ids[i] for i in index]), label=label,
                   **{key: values[:, k] for k, key in enumerate(ours + trivial)})
-    return metrics, arrays, lambda path: draw_heat(path, table, list(examples.values())[:12], threshold, args)
+    shown = list(examples.values())[:12]
+    return metrics, arrays, lambda path: draw_heat(path, table, shown, threshold, args)
 
 
 def relation(args, model, table, rows):
@@ -622,11 +634,12 @@ def relation(args, model, table, rows):
         "truth": source, "trivial": table_of,
         "score": "sigmoid(relation_logits)" if trained_icl(model) else
                  "existence x ProtoCL place, as no ICL was trained"}
-    print(f"{len(rows)} images, {metrics['n_findings']} findings, {metrics['n_sided']} of them sided; "
-          f"truth: {source}; score: {metrics['score']}")
-    arrays = dict(ids=np.array([table.ids[i] for i in rows]), truth=truth, scores=scores.astype(np.float16),
+    print(f"{len(rows)} images, {metrics['n_findings']} findings, {metrics['n_sided']} of them "
+          f"sided; truth: {source}; score: {metrics['score']}")
+    arrays = dict(ids=np.array([table.ids[i] for i in rows]), truth=truth, scores=scores,
                   pathologies=np.array(names[0]), anatomies=np.array(names[1]))
-    return metrics, arrays, lambda path: draw_relation(path, (truth == 1).mean(0), scores.mean(0), *names)
+    often = (truth == 1).mean(0), scores.mean(0)
+    return metrics, arrays, lambda path: draw_relation(path, *often, *names)
 
 
 def embedding(args, model, table, rows, most=1000):
@@ -659,7 +672,8 @@ def embedding(args, model, table, rows, most=1000):
             for k in range(y.shape[1]):
                 a, b = fit & (y[:, k] >= 0), ~fit & (y[:, k] >= 0)
                 if min((y[half, k] == v).sum() for half in (a, b) for v in (0, 1)) >= 5:
-                    probe = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+                    probe = LogisticRegression(C=0.1, max_iter=1000)
+                    probe = make_pipeline(StandardScaler(), probe)
                     guess = probe.fit(x[a], y[a, k]).decision_function(x[b])
                     aurocs.append(classification_scores(y[b, k], guess)["auroc"])
             metrics[f"{target} from {stream} tokens"] = float(np.mean(aurocs)) if aurocs else None
@@ -670,33 +684,37 @@ def embedding(args, model, table, rows, most=1000):
     if len(labels) > 1:
         metrics["silhouette of diseases"] = float(silhouette_score(flat, disease))
     if len(streams) == 2:
-        both = np.concatenate(list(streams.values()))
-        metrics["silhouette of streams"] = float(silhouette_score(both, np.repeat([0, 1], len(rows))))
+        both, which = np.concatenate(list(streams.values())), np.repeat([0, 1], len(rows))
+        metrics["silhouette of streams"] = float(silhouette_score(both, which))
         layout["streams"] = flatten(both, args.seed)
     for k, name in enumerate(list(labels)[:12]):
         layout[f"each {name}"] = flatten(queried[:, k], args.seed, umap=True)
     print_table(["", ""], [(k, v) for k, v in metrics.items()])
-    print("probes: logistic regression on mean tokens, fitted on half of the patients, AUROC on the rest")
+    print("probes: logistic regression on mean tokens, fitted on half of the patients, AUROC on "
+          "the other half")
     return metrics, layout, lambda path: draw_embedding(path, layout)
 
 
 def flatten(x, seed, umap=False):
-    """[N,D] -> [N,2] by t-SNE, or by UMAP where that is wanted (Fig. 5) and umap-learn installed."""
+    """[N,D] -> [N,2] by t-SNE; by UMAP where that is wanted (Fig. 5) and umap-learn installed."""
     with contextlib.suppress(ImportError):
         if umap:
             from umap import UMAP
             return UMAP(random_state=seed).fit_transform(x)
     from sklearn.manifold import TSNE
-    return TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed).fit_transform(x)
+    tsne = TSNE(perplexity=min(30, (len(x) - 1) / 3), init="pca", random_state=seed)
+    return tsne.fit_transform(x)
 
 
 def predict_files(args, model):
     """What and where in one radiograph, printed and drawn, or in a folder of them, as a CSV."""
     path = Path(args.image)
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in (".png", ".jpg", ".jpeg", ".dcm"))
+    endings = (".png", ".jpg", ".jpeg", ".dcm")
+    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in endings)
     files = files if path.is_dir() else [path]
     if not path.exists() or not files:
-        raise InputError(f"no radiograph at {path}; --image takes a PNG, JPEG or DICOM file or a folder")
+        raise InputError(f"no radiograph at {path}; --image takes a PNG, JPEG or DICOM file, or a "
+                         "folder of them")
     names, places = query_names(model)
     texts, columns, _ = queries_for(model, {name: name for name in names} | (
         {args.prompt: None} if args.prompt else {}), args)
@@ -711,14 +729,14 @@ def predict_files(args, model):
             print(f"skipped: {error}", file=sys.stderr)
             continue
         with torch.no_grad():
-            out, maps = attention_maps(model, data.to_input(square[None].to(args.device), size), texts,
-                                       args.attention)
+            image = data.to_input(square[None].to(args.device), size)
+            out, maps = attention_maps(model, image, texts, args.attention)
             pairs = relation_probability(model, out, texts)[0].cpu().numpy()             # [n,m]
         chance = out.pathology_logits[0].double().sigmoid().cpu().numpy()                # [m]
-        for name in sorted(columns, key=lambda name: (name != args.prompt, -chance[columns[name]])):
-            row = {"image": str(file), "finding": name, "probability": chance[columns[name]]}
-            for rank, i in enumerate(np.argsort(-pairs[:, columns[name]])[:3], 1):
-                row |= {f"place {rank}": places[i], f"probability {rank}": pairs[i, columns[name]]}
+        for name, k in sorted(columns.items(), key=lambda c: (c[0] != args.prompt, -chance[c[1]])):
+            row = {"image": str(file), "finding": name, "probability": chance[k]}
+            for rank, i in enumerate(np.argsort(-pairs[:, k])[:3], 1):
+                row |= {f"place {rank}": places[i], f"probability {rank}": pairs[i, k]}
             table.append(row)
     folder = Path(args.out_dir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
@@ -732,8 +750,9 @@ def predict_files(args, model):
     else:
         print_table(list(table[0])[1:], [list(row.values())[1:] for row in table[:8]])
         picture = data.read_image(str(path))
-        heats = [(row["finding"], row["probability"], heat_of(
-            model, maps[0, columns[row["finding"]]].cpu().numpy(), picture.shape, size)) for row in table[:4]]
+        maps = {name: maps[0, k].cpu().numpy() for name, k in columns.items()}
+        heats = [(row["finding"], row["probability"],
+                  heat_of(model, maps[row["finding"]], picture.shape, size)) for row in table[:4]]
         with replacing(folder / "predict.png") as draft:
             draw_answer(draft, picture, heats)
         print(f"heat maps: {folder / 'predict.png'}")
@@ -749,7 +768,8 @@ def canvas(rows, columns, width, height):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, constrained_layout=True)
+    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False,
+                        constrained_layout=True)
 
 
 def finish(figure, path):
@@ -772,7 +792,8 @@ def draw_classes(path, per_class, arrays):
         curves.plot(x, y, linewidth=1, label=name, color=f"C{k}" if k < 10 else None)
     bars.set_yticks(range(len(shown)), [f"{s[3]} ({per_class[s[3]]['n_pos']})" for s in shown])
     bars.axvline(0.5, color="black", linewidth=0.8)
-    bars.set(xlim=(min([0.4, *(s[1] for s in shown)]), 1), xlabel="AUROC and 95 % interval (positives)")
+    bars.set(xlim=(min([0.4, *(s[1] for s in shown)]), 1),
+             xlabel="AUROC and 95 % interval (positives)")
     curves.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
     curves.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if 0 < len(shown) <= 20:
@@ -789,7 +810,8 @@ def draw_map(axis, picture, heat):
 def draw_heat(path, table, examples, threshold, args):
     """The first example of each finding: heat, its region, its maximum, and the truth (Fig. 7)."""
     columns = min(4, len(examples))
-    figure, axes = canvas(-(-len(examples) // columns), columns, 3 * columns, 3.3 * -(-len(examples) // columns))
+    rows = -(-len(examples) // columns)
+    figure, axes = canvas(rows, columns, 3 * columns, 3.3 * rows)
     for axis in axes.flat[len(examples):]:
         axis.axis("off")
     for axis, (i, label, mask, heat, dice) in zip(axes.flat, examples):
@@ -799,8 +821,8 @@ def draw_heat(path, table, examples, threshold, args):
         y, x = np.unravel_index(heat.argmax(), heat.shape)
         axis.plot(x, y, "x", color="lime" if mask[y, x] else "red", markersize=8)
         axis.set_title(f"{label}, Dice {dice:.2f}", fontsize=9)
-    figure.suptitle(f"cyan: {args.target}; heat: {args.attention} attention; yellow: above {threshold:.2f}; "
-                    "x: maximum, green if it hits", fontsize=9)
+    figure.suptitle(f"cyan: {args.target}; heat: {args.attention} attention; yellow: above "
+                    f"{threshold:.2f}; x: maximum, green if it hits", fontsize=9)
     finish(figure, path)
 
 
@@ -819,11 +841,14 @@ def draw_relation(path, truth, predicted, pathologies, anatomies, most=30):
     rows, columns = (np.sort([k for k in np.argsort(-x)[:most] if x[k] > 0]).astype(int)
                      for x in (truth.max(1), truth.max(0)))
     figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
-    for axis, matrix, title in zip(axes[0], (truth, predicted), ("true", "predicted (mean probability)")):
-        picture = axis.imshow(matrix[np.ix_(rows, columns)], vmin=0, vmax=max(truth.max(), 1e-9), aspect="auto")
-        axis.set_xticks(range(len(columns)), [pathologies[k] for k in columns], rotation=90, fontsize=8)
-        axis.set_yticks(range(len(rows)), [anatomies[k] for k in rows], fontsize=8)
-        axis.set_title(f"share of images: {title}", fontsize=9)
+    for axis, matrix, title in ((axes[0, 0], truth, "share of images: true"),
+                                (axes[0, 1], predicted, "predicted (mean probability)")):
+        picture = axis.imshow(matrix[np.ix_(rows, columns)], vmin=0, vmax=truth.max() or 1,
+                              aspect="auto")
+        axis.set_xticks(range(len(columns)), np.array(pathologies)[columns], rotation=90,
+                        fontsize=8)
+        axis.set_yticks(range(len(rows)), np.array(anatomies)[rows], fontsize=8)
+        axis.set_title(title, fontsize=9)
     figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8)
     finish(figure, path)
 
@@ -847,7 +872,8 @@ def draw_embedding(path, layout):
         streams.set_title("pathology (blue), anatomy (orange)", fontsize=9)
     for k, (axis, key) in enumerate(zip(axes[1:].flat, each)):
         for value, colour in ((0, GRAY), (1, ORANGE)):
-            axis.scatter(*layout[key][layout["values"][:, k] == value].T, c=colour, s=4, linewidths=0)
+            some = layout["values"][:, k] == value
+            axis.scatter(*layout[key][some].T, c=colour, s=4, linewidths=0)
         axis.set_title(f"{names[k]} ({(layout['values'][:, k] == 1).sum()})", fontsize=9)
     finish(figure, path)
 
@@ -873,7 +899,7 @@ def parse_args(argv=None):
     g.add_argument("--task", required=True, choices=[*TASKS, "predict"])
     g.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
     g.add_argument("--split", default="test", choices=["train", "validate", "test"])
-    g.add_argument("--image", metavar="FILE_OR_DIR", help="predict: a radiograph or a folder of them")
+    g.add_argument("--image", metavar="FILE_OR_DIR", help="predict: a radiograph, or a folder")
     g.add_argument("--prompt", help="a disease in plain words: one more question in predict; in "
                    "classification, for the labels without a stored query")
     g = parser.add_argument_group("model")
@@ -911,7 +937,7 @@ def main(args):
     table = data.load_from_args(args)
     rows = table.rows(args.split)[:args.limit]
     if not len(rows):
-        raise InputError(f"{args.dataset} has no images in its {args.split} split; name another --split")
+        raise InputError(f"{args.dataset} has no {args.split} split; name another by --split")
     metrics, arrays, draw = TASKS[args.task](args, model, table, rows)
     metrics = dict(task=args.task, dataset=args.dataset, split=args.split,
                    checkpoint=args.checkpoint) | metrics
