@@ -462,13 +462,13 @@ def walk():
     model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=128, layers=2, position=True)).eval()
     image = to_input(torch.tensor(film["image"])[None], 64)
     features = model.backbone(image)
-    raw = features.flatten(2).transpose(1, 2)
+    raw = features.flatten(2).transpose(1, 2) + position_embedding(16, 16, features.shape[1])
     mask = model.mask(raw).sigmoid()
     first, stride = model.cell_centres()
     print("image (Sec. II-B.1)")
     show("image", image, "B,3,H,W: ImageNet's mean and deviation taken out")
     show("E_I(image)", features, f"B,C,h,w: a cell every {stride} pixels, the first at {first}")
-    show("I^raw", raw, "B,h*w,C: the same as a list of tokens")
+    show("I^raw", raw, "B,h*w,C: a token a cell, its position embedding added")
     show("M", mask, "sigmoid(Linear(I^raw))")
     show("I^p", mask * raw, "M * I^raw (Eq. 1)")
     show("I^a", (1 - mask) * raw, "(1 - M) * I^raw (Eq. 1)")
@@ -478,7 +478,7 @@ def walk():
         print(f"{stream} stream (Sec. II-B.2)")
         show(f"T^{s}", model.text_projection(vectors), f"h_T(E_T({s})): the questions")
         for name, field, meaning in (
-                ("tokens", "tokens", f"MLP(I^{s}) + position embedding"),
+                ("tokens", "tokens", f"MLP(I^{s})"),
                 (f"I_q^{s}", "queried", f"Q^{s}(I^{s}, T^{s}): an answer a question"),
                 ("attention", "attention", "where each question looked, mean of heads and layers"),
                 (f"y_hat^{s}", "logits", f"p^{s}(I_q^{s}), before the sigmoid"),
