@@ -355,7 +355,7 @@ def read_covidx(root, options, problems):
 
 def read_chexpert(root, options, problems):
     """CheXpert full or small, with the test release if it is there; without it valid is the test."""
-    items, files = [], None
+    items = []
     for name, split in (("train.csv", "train"), ("valid.csv", "validate"), ("val_labels.csv", "validate"),
                         ("test_labels.csv", "test"), ("groundtruth.csv", "test")):
         path = find(root, name)
@@ -369,11 +369,9 @@ def read_chexpert(root, options, problems):
                 continue
             where = r.get("Path") or r.get("Study", "")  # the release folder comes first in it
             where = where.split("/", 1)[1] if where.startswith("CheXpert") else where
-            if split == "validate" and not os.path.isdir(os.path.join(root, "valid")):
-                where = where.replace("valid/", "val/", 1)
-            if not where.lower().endswith(".jpg"):  # groundtruth.csv names studies
-                files = files or sorted(files_by_name(root, ".jpg").values())
-            paths = [where] if where.lower().endswith(".jpg") else glob.glob(
+            if split == "validate" and os.path.isdir(os.path.join(root, "val")):
+                where = where.replace("valid/", "val/", 1)  # the csv keeps the old name
+            paths = [where] if where.lower().endswith(".jpg") else glob.glob(  # or it is a study
                 os.path.join(glob.escape(where), "*.jpg"), root_dir=root)
             for found in sorted(paths):
                 patient = next((part for part in found.split("/") if part.startswith("patient")), "")
@@ -394,7 +392,7 @@ def read_openi(root, options, problems):
     rows = list(csv_rows(path)) if path else []
     for r in rows:
         name = (r.get("filename") if "projection" in r else r.get("imageid", "")) or ""
-        view[name.replace(".dcm", "").replace(".png", "")] = r.get("projection") or {
+        view[name.split(".")[0]] = r.get("projection") or {
             "PA": "Frontal", "AP": "Frontal", "": ""}.get(r.get("View Position"), "Lateral")
     reports = []  # (uid, note, index terms, image files)
     kaggle = find(root, "indiana_reports.csv")
@@ -426,7 +424,7 @@ def read_openi(root, options, problems):
             values = (UNKNOWN,) * len(OPENI)
         note = "".join(f" {part.upper()}:\n {said}\n \n" for part, said in note.items() if said)
         for name in images:
-            if options["views"] == "all" or view.get(name.rsplit(".", 1)[0]) != "Lateral":
+            if options["views"] == "all" or view.get(name.split(".")[0]) != "Lateral":
                 items.append(Item(name, files.get(name, f"images/{name}"), uid, "", values, note=note))
     return tuple(OPENI), items
 

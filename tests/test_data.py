@@ -427,3 +427,511 @@ def test_rle_is_relative_and_column_major():
     mask = data.decode_rle("1 2 1022 2")
     assert mask.shape == (1024, 1024) and np.argwhere(mask).tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
     assert not data.decode_rle("").any() and not data.decode_rle("-1").any()
+
+
+# ------------------------------------------------------------------------------------------------
+# Damaged and wrong input: one clear line, or a counted skip and nothing else lost
+
+SPLIT, META, LABELS = (f"mimic-cxr-2.0.0-{n}.csv.gz" for n in ("split", "metadata", "chexpert"))
+
+
+def first_report(root):
+    return images(root)[0].parent.with_suffix(".txt")
+
+
+def swap_ids(root, old, new):
+    """`new` in place of the first image's `old` column in the split file."""
+    row = next(r for r in csv.DictReader(gzip.open(root / SPLIT, "rt")))
+    edit(root / SPLIT, lambda t: t.replace(row[old], new, 1))
+
+
+SKIPPED = {  # what was done to the data: (damage, skipped in the receipt)
+    "truncated jpeg": (lambda r: os.truncate(images(r)[0], 300), {"corrupt": 1}),
+    "zero-size image": (lambda r: os.truncate(images(r)[0], 0), {"zero-size": 1}),
+    "git-lfs pointer": (lambda r: images(r)[0].write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), {"git-lfs": 1}),
+    "html page named .jpg": (lambda r: images(r)[0].write_text("<html>404</html>"), {"corrupt": 1}),
+    "missing image": (lambda r: images(r)[0].unlink(), {"missing": 1}),
+    "half of the images missing": (lambda r: [p.unlink() for p in images(r)[:12]], {"missing": 12}),
+    "folder named .jpg": (lambda r: [(p.unlink(), p.mkdir()) for p in images(r)[:1]],
+                          {"unreadable": 1}),
+    "binary noise": (lambda r: images(r)[0].write_bytes(bytes(range(256)) * 9), {"corrupt": 1}),
+    "unknown split": (lambda r: edit(r / SPLIT, lambda t: t.replace(",train", ",trian", 1)),
+                      {"unreadable-label": 1}),
+    "id without metadata": (lambda r: swap_ids(r, "dicom_id", "0-0-0-0-0"), {"unreadable-label": 1}),
+    "a row twice": (lambda r: edit(r / SPLIT, lambda t: t + t.splitlines()[1] + "\r\n"),
+                    {"duplicate": 1}),
+    "cut row": (lambda r: edit(r / SPLIT, lambda t: t + "12ab34cd\r\n"), {"unreadable-label": 1}),
+    "path out of the root": (lambda r: swap_ids(r, "study_id", "/../../../../../etc"),
+                             {"outside-root": 1}),
+}
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_bad_rows_and_files_are_skipped_and_counted(root, name):
+    damage, skipped = SKIPPED[name]
+    damage(root)
+    table = data.load("synthetic", str(root), size=32, workers=1)
+    assert table.receipt["skipped"] == skipped
+    lost = sum(skipped.values()) if name != "a row twice" and name != "cut row" else 0
+    assert len(table.rows()) == table.receipt["images"] == 24 - lost
+    assert (table.images[table.rows()].reshape(24 - lost, -1).max(1) > 0).all()
+    assert len(table.receipt["skipped_files"]) == sum(skipped.values())
+
+
+REPORTS = {  # what was done to a report: (damage, how it is counted)
+    "no report": (lambda p: p.unlink(), "no-report"),
+    "empty report": (lambda p: p.write_text(""), "empty-report"),
+    "blank report": (lambda p: p.write_text(" \n \n"), "empty-report"),
+    "without usable sections": (lambda p: p.write_text(
+        "                 FINAL REPORT\n EXAMINATION:  CHEST\n \n COMPARISON:  None.\n"), "empty-report"),
+    "not text": (lambda p: p.write_bytes(bytes(range(256)) * 4), "empty-report"),
+    "git-lfs pointer": (lambda p: p.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), "empty-report"),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_bad_reports_are_counted_and_the_image_stays(root, name):
+    before = data.load("synthetic", str(root), size=32, workers=1)
+    damage, state = REPORTS[name]
+    damage(first_report(root))
+    table = data.load("synthetic", str(root), size=32, workers=1, split_file=str(
+        root / "prepared-32/split.csv"))
+    i = table.ids.index(images(root)[0].stem)
+    assert table.receipt["reports"].get(state, 0) == before.receipt["reports"].get(state, 0) + 1
+    assert table.cells(i) == [] and len(table.rows()) == 24 and not table.has_report[i]
+    assert i not in data.Batches(table, np.arange(24), 2, 0, PATHOLOGIES, ANATOMIES).row_numbers
+
+
+def gz_cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+REFUSED = {  # what is wrong: (what was done to the data or None, arguments of load, the message)
+    "unknown data set": (None, dict(dataset="mimc"), "unknown data set 'mimc'; choose one of synth"),
+    "no such root": (None, dict(root="nowhere", dataset="mimic"), "looked for mimic-cxr-2.0.0-split.csv"
+                     ".*physionet.*phantom.py --layout mimic.*--data synthetic"),
+    "root is a file": (None, dict(root=__file__, dataset="nih"), "no NIH ChestX-ray14 data"),
+    "another data set": (None, dict(dataset="rsna"), "no RSNA Pneumonia data at .*kaggle"),
+    "no metadata": (lambda r: (r / META).unlink(), {}, "lacks mimic-cxr-2.0.0-metadata.csv"),
+    "cut gzip": (lambda r: gz_cut(r / META), {}, "metadata.csv.gz is damaged"),
+    "not gzip": (lambda r: (r / SPLIT).write_text("dicom_id\n"), {}, "split.csv.gz is damaged"),
+    "missing column": (lambda r: edit(r / META, lambda t: t.replace("ViewPosition", "View")), {},
+                       "no column 'ViewPosition'; it has dicom_id"),
+    "html in place of csv": (lambda r: edit(r / SPLIT, lambda t: "<html>login</html>\n"), {},
+                             "no column 'dicom_id'"),
+    "header only": (lambda r: edit(r / SPLIT, lambda t: t.splitlines()[0] + "\n"), {},
+                    "without one usable row"),
+    "no split file": (None, dict(split_file="nowhere.csv"), "--split-file nowhere.csv: no such file"),
+    "split file of another kind": (lambda r: (r / "s.csv").write_text("a,b\n1,2\n"),
+                                   dict(split_file="s.csv"), "needs columns id,split"),
+    "split file with a wrong split": (lambda r: (r / "s.csv").write_text("id,split\n1,tset\n"),
+                                      dict(split_file="s.csv"), "'tset' is no split"),
+    "split file of another set": (lambda r: (r / "s.csv").write_text("id,split\n1,test\n"),
+                                  dict(split_file="s.csv"), "none of its 1 ids"),
+    "no triplets": (None, dict(triplets="nowhere"), "--triplets nowhere: no such file"),
+    "published matrix missing": (lambda r: (r / "pub").mkdir(), dict(triplets="pub"),
+                                 "cannot read the published labels"),
+    "published matrix pickled": (lambda r: ((r / "pub").mkdir(), np.save(
+        r / "pub/landmark_observation_adj_mtx.npy", np.array([{}]))), dict(triplets="pub"),
+        "cannot read the published labels"),
+    "published matrix of another shape": (lambda r: ((r / "pub").mkdir(), np.save(
+        r / "pub/landmark_observation_adj_mtx.npy", np.zeros((2, 75, 51)))), dict(triplets="pub"),
+        "needs a matrix of .reports, 51, 75., found .2, 75, 51"),
+    "tiny images": (None, dict(size=8), "--prepared-size 8 is not in 16"),
+    "cache is a file": (lambda r: (r / "prepared-32").write_text(""), {}, "cannot write the prepared"),
+    "labels that are not there": (None, dict(labels="manual"), "lacks mimic-cxr-2.1.0-test-set-labeled"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_wrong_input_is_one_line(root, name):
+    damage, arguments, message = REFUSED[name]
+    if damage:
+        damage(root)
+    arguments = {"dataset": "synthetic", "root": str(root), "size": 32, "workers": 1, **arguments}
+    for key in ("split_file", "triplets"):
+        if (root / str(arguments.get(key))).exists():
+            arguments[key] = str(root / arguments[key])
+    with pytest.raises(InputError, match=message) as error:
+        data.load(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_full_disk_is_seen_beforehand(root, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(InputError, match="needs 0.0 GB and the disk has 0.0 GB left; --cache-dir"):
+        data.load("synthetic", str(root), size=32, workers=1)
+
+
+def test_bad_label_cells_are_counted(root):
+    edit(root / LABELS, lambda t: t.replace(",1.0", ",yes", 1))
+    table = data.load("synthetic", str(root), size=32, workers=1, labels="chexpert")
+    assert table.receipt["skipped"] == {"unreadable-label": 1} and len(table.rows()) == 24
+    study = (table.labels == -1).all(1)
+    assert study.sum() == 1  # that study's labels are unknown, not absent
+
+
+def test_csv_with_bom_crlf_spaces_and_zip(tmp_path):
+    import zipfile
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfid, split \r\n 1 , test\r\n\r\n2\r\n")
+    wanted = [{"id": "1", "split": "test"}, {"id": "2", "split": ""}]
+    assert list(data.csv_rows(str(tmp_path / "a.csv"))) == wanted
+    with zipfile.ZipFile(tmp_path / "b.csv.zip", "w") as archive:
+        archive.write(tmp_path / "a.csv", "b.csv")
+    assert list(data.csv_rows(data.find(str(tmp_path), "b.csv"))) == wanted
+
+
+def test_command_line_exits_2_with_one_line(tmp_path):
+    run = subprocess.run([sys.executable, "data.py", "--dataset", "siim", "--root", str(tmp_path)],
+                         cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1
+    assert run.stderr.startswith("data.py: no SIIM-ACR Pneumothorax data at")
+
+
+# ------------------------------------------------------------------------------------------------
+# The doctor
+
+def doctor(root, capsys, **options):
+    root, options = data.where_and_how("synthetic", str(root), None, options.pop("split_file", None),
+                                       "ignore", None, "rules")
+    problems = data.check("synthetic", root, options, 1, str(pathlib.Path(root) / "fix.csv"))
+    return problems, capsys.readouterr().out
+
+
+def test_doctor_finds_a_clean_set_clean(root, capsys):
+    empty = [p for p in root.glob("files/*/*/*.txt") if not data.unique_cells(
+        text.extract_triplets(p.read_text(), buckets=False))]
+    for path in empty:
+        path.write_text(" FINDINGS:\n \n Left pleural effusion.\n")
+    problems, out = doctor(root, capsys)
+    assert problems == 0 and "24 usable" in out and out.endswith("clean\n")
+
+
+def test_doctor_names_every_kind_and_its_fix_list_can_be_used(root, capsys):
+    for path in root.glob("files/*/*/*.txt"):
+        path.write_text(" FINDINGS:\n \n Left pleural effusion.\n")
+    files = images(root)
+    files[0].unlink()
+    os.truncate(files[1], 300)
+    os.truncate(files[2], 0)
+    files[3].write_text("version https://git-lfs.github.com/spec/v1\n")
+    shutil.copy(files[5], files[4])
+    files[6].parent.with_suffix(".txt").write_text("")
+    shutil.copy(files[5], root / "files" / "stray.jpg")
+    rows = list(csv.DictReader(gzip.open(root / SPLIT, "rt")))
+    twice = next(r for r in rows if [s["subject_id"] for s in rows].count(r["subject_id"]) > 1)
+    other = next(s for s in data.SPLITS[:3] if s != twice["split"])
+    edit(root / SPLIT, lambda t: "\n".join(
+        line.rsplit(",", 1)[0] + "," + other if line.startswith(twice["dicom_id"]) else line
+        for line in t.splitlines()) + "\nx,1,2,train\n")
+    problems, out = doctor(root, capsys)
+    for kind in ("missing", "corrupt", "zero-size", "git-lfs", "duplicate", "empty-report",
+                 "patient-leak", "no-label", "unreadable-label"):
+        assert f"\n{kind} " in out, kind
+    assert problems >= 9 and "18 usable" in out
+    table = data.load("synthetic", str(root), size=32, workers=1, split_file=str(root / "fix.csv"))
+    assert len(table.rows()) == 18 and not {"corrupt", "missing"} & set(
+        table.splits[table.rows()])
+
+
+# ------------------------------------------------------------------------------------------------
+# Labels, splits, triplets made elsewhere
+
+def test_uncertain_labels():
+    raw = np.array([[1, 0, -1, data.BLANK, data.UNKNOWN], [-1, -1, -1, -1, -1]], np.int8)
+    names = ["Edema", "Cardiomegaly", "Fracture", "Atelectasis", "Pneumonia"]
+    assert data.settle_labels(raw, names, "ignore").tolist() == [[1, 0, -1, 0, -1], [-1] * 5]
+    assert data.settle_labels(raw, names, "zeros").tolist() == [[1, 0, 0, 0, -1], [0] * 5]
+    assert data.settle_labels(raw, names, "ones").tolist() == [[1, 0, 1, 0, -1], [1] * 5]
+    assert data.settle_labels(raw, names, "gloria").tolist() == [[1, 0, -1, 0, -1], [1, 0, -1, 1, -1]]
+
+
+def test_labels_have_names_in_the_vocabulary():
+    names = {data.label_pathology(n) for n in (*data.CHEXPERT, *data.NIH, *data.OPENI)}
+    assert None not in names and names <= set(PATHOLOGIES)
+    assert data.label_pathology("Fibrosis") == "tail_abnorm_obs"
+    assert data.label_pathology("Pleural_Thickening") == "thicken"
+    assert data.label_pathology("COVID-19") is None
+
+
+def item(name, patient, split=""):
+    return data.Item(name, name, patient, split, ())
+
+
+def test_made_splits_go_by_patient_and_do_not_depend_on_the_rest():
+    items = [item(str(i), str(i // 3)) for i in range(3000)]
+    splits, source = data.settle_splits(items, (0.7, 0.15))
+    assert [splits.count(s) / 3000 for s in data.SPLITS[:3]] == pytest.approx([0.7, 0.15, 0.15], abs=0.04)
+    assert all(splits[i] == splits[i - i % 3] for i in range(3000)) and "by patient 70:15:15" in source
+    assert data.settle_splits(items[100:200][::-1], (0.7, 0.15))[0] == splits[100:200][::-1]
+    official = [item(str(i), str(i), "test" if i % 5 == 0 else "train") for i in range(1000)]
+    carved, source = data.settle_splits(official, (0.7, 0.1))
+    assert carved.count("test") == 200 and 70 < carved.count("validate") < 130 and "12.5%" in source
+
+
+def test_split_csv_can_be_read_back(root):
+    one = data.load("synthetic", str(root), size=32, workers=1)
+    rows = list(csv.reader(open(root / "prepared-32/split.csv")))[1:13]
+    with open(root / "mine.csv", "w") as file:
+        file.write("id,split\n" + "".join(f"{r[0]},{'val' if k else 'test'}\n" for k, r in enumerate(rows)))
+    two = data.load("synthetic", str(root), size=32, workers=1, split_file=str(root / "mine.csv"))
+    assert two.receipt["splits"] == {"train": 0, "validate": 11, "test": 1} and len(one.rows()) == 24
+    assert "12 of its 12 ids" in two.receipt["split_source"]
+
+
+def test_published_matrix_and_train_json(root):
+    ids = [path.stem for path in images(root)]
+    matrix = np.full((3, 51, 75), -1.0)
+    matrix[1, 5, 8], matrix[1, 6, 10], matrix[2, 0, 0] = 1, 0, 2  # 2 does not occur, and is no label
+    folder = root / "published"
+    folder.mkdir()
+    np.save(folder / "landmark_observation_adj_mtx.npy", matrix)
+    prefix = "/remote-home/share/medical/public/MIMIC-CXR-JPG/MIMIC-CXR/small/files/p1/s2/"
+    (folder / "train.json").write_text(json.dumps(
+        {f"{prefix}{ids[0]}.jpg": {"labels_id": 1}, f"{prefix}{ids[1]}.jpg": {"labels_id": 2},
+         f"{prefix}{ids[2]}.jpg": {"labels_id": 99}}))
+    table = data.load("mimic", str(root), size=32, workers=1, triplets=str(folder))
+    assert sorted(table.cells(table.ids.index(ids[0]))) == [
+        ("effusion", "right_pleural", 1), ("pneumothorax", "pleural_unspec", 0)]
+    assert table.receipt["reports"] == {"read": 1, "empty-report": 2, "no-report": 21}
+
+
+def test_radgraph_file(root):
+    study = images(root)[0].parent
+    graph = {"text": "left pleural effusion", "entities": {
+        "1": {"tokens": "left", "label": "ANAT-DP", "start_ix": 0, "end_ix": 0, "relations": [["modify", "2"]]},
+        "2": {"tokens": "pleural", "label": "ANAT-DP", "start_ix": 1, "end_ix": 1, "relations": []},
+        "3": {"tokens": "effusion", "label": "OBS-DP", "start_ix": 2, "end_ix": 2,
+              "relations": [["located_at", "2"]]}}}
+    (root / "graphs.json").write_text(json.dumps(
+        {f"p10/{study.parent.name}/{study.name}.txt": graph}))
+    table = data.load("mimic", str(root), size=32, workers=1, triplets=str(root / "graphs.json"))
+    assert table.cells(table.ids.index(images(root)[0].stem)) == [("effusion", "left_pleural", 1)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Label files as published, by hand
+
+def read(dataset, root, split_file=None, views="all"):
+    """(label names, {id: item}, problems) of a data set without its images."""
+    options = dict(views=views, split_file=split_file, labels="chexpert")
+    names, items, problems = data.read_items(dataset, data.find_root(dataset, str(root)), options)
+    return names, {item.id: item for item in items}, problems
+
+
+def test_nih_labels_boxes_and_lists(tmp_path):
+    (tmp_path / "Data_Entry_2017.csv").write_text(  # the original: 12 header fields, 11 in a row
+        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender,View Position,"
+        "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],\n"
+        "1_000.png,Mass|Pleural_Thickening,0,1,57,M,PA,2682,2749,0.1,0.1\n"
+        "2_000.png,No Finding,0,2,57,M,PA,2682,2749,0.1,0.1\n3_000.png,Massive,0,3,57,M,PA,1,1,0.1,0.1\n")
+    (tmp_path / "BBox_List_2017.csv").write_text(
+        "Image Index,Finding Label,Bbox [x,y,w,h],,,\n1_000.png,Infiltrate,256.0,512.0,128.0,64.0\n")
+    (tmp_path / "test_list.txt").write_text("2_000.png\n")
+    (tmp_path / "images_004" / "images").mkdir(parents=True)
+    (tmp_path / "images_004" / "images" / "1_000.png").touch()
+    names, items, problems = read("nih", tmp_path)
+    one, two = items["1_000.png"], items["2_000.png"]
+    assert [n for n, v in zip(names, one.labels) if v] == ["Mass", "Pleural_Thickening"]
+    assert one.boxes == (("Infiltration", 0.25, 0.5, 0.125, 0.0625),) and not any(two.labels)
+    assert (one.split, two.split, one.patient) == ("train", "test", "1")
+    assert one.path == "images_004/images/1_000.png"
+    assert problems == [("unreadable-label", "3_000.png: Massive")]
+
+
+def test_rsna_boxes_site_paths_and_test_csv(tmp_path):
+    (tmp_path / "stage_2_train_labels.csv").write_text(
+        "patientId,x,y,width,height,Target\na,,,,,0\nb,256.0,128.0,512.0,64.0,1\nb,0.0,0.0,102.4,10.24,1\n"
+        "c,,,,,2\nd,x,1,1,1,1\n")
+    site = tmp_path / "mdai" / "1.2" / "1.3"
+    site.mkdir(parents=True)
+    (site / "1.4.dcm").touch()
+    test = tmp_path / "rsna_test.csv"
+    test.write_text("ID,img_path,boxes,classes\na,mdai/1.2/1.3/1.4.dcm,nan,0\n")
+    names, items, problems = read("rsna", tmp_path, str(test))
+    assert items["a"].labels == (0,) and items["b"].labels == (1,)
+    assert items["b"].boxes == (("Pneumonia", 0.25, 0.125, 0.5, 0.0625), ("Pneumonia", 0, 0, 0.1, 0.01))
+    assert items["a"].path == "mdai/1.2/1.3/1.4.dcm" and len(problems) == 2
+    splits, _ = data.settle_splits(list(items.values()), (0.7, 0.15), str(test))
+    assert dict(zip(items, splits))["a"] == "test" and "test" not in splits[1:]
+    (tmp_path / "stage_2_train_labels.csv").unlink()  # the test csv alone gives labels and boxes
+    test.write_text("ID,img_path,boxes,classes\na,x/1.4.dcm,256;512;64;128|0;0;1024;1024,1\nb,x/y.dcm,nan,0\n")
+    _, items, _ = read("rsna", tmp_path, str(test))
+    assert items["a"].boxes[0] == ("Pneumonia", 0.25, 0.5, 0.0625, 0.125) and not items["b"].boxes
+
+
+def test_siim_habits_of_both_files(tmp_path):
+    (tmp_path / "train-rle.csv").write_text(
+        "ImageId, EncodedPixels\na, -1\nb, 1 2 1022 2\nb, 0 2\nc,1 2 3\nd,1048570 9\ne,x\n")
+    names, items, problems = read("siim", tmp_path)
+    assert items["a"].labels == (0,) and items["a"].masks == () and items["b"].labels == (1,)
+    union = np.any([data.decode_rle(m[2]) for m in items["b"].masks], 0)
+    assert np.argwhere(union).tolist() == [[0, 0], [1, 0], [1, 1], [2, 0], [2, 1]]  # OR, not a sum
+    assert [kind for kind, _ in problems] == ["unreadable-label"] * 3
+
+
+def test_covidx_lines(tmp_path):
+    (tmp_path / "test.txt").write_text(
+        "COVID 1 COVID(1).png positive sirm\n5 ARDSSevere.png negative cohen\n\n7 x.png\n"
+        "old 3 old.png COVID-19\n")
+    (tmp_path / "train.txt").write_text("9 y.jpeg pneumonia rsna\n")
+    names, items, problems = read("covidx", tmp_path)
+    assert items["COVID(1).png"].patient == "COVID 1" and items["COVID(1).png"].labels == (1,)
+    assert items["ARDSSevere.png"].labels == (0,) and items["ARDSSevere.png"].path == "test/ARDSSevere.png"
+    assert items["old.png"].patient == "old 3" and items["old.png"].labels == (1,)
+    assert items["y.jpeg"].split == "train" and len(problems) == 1
+
+
+def test_chexpert_paths_values_and_test_release(tmp_path):
+    header = "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(data.CHEXPERT) + "\n"
+    blank = "," * 13
+    (tmp_path / "train.csv").write_text(header
+        + "CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg,M,60,Frontal,AP,1.0" + blank
+        + "\nCheXpert-v1.0-small/train/patient00001/study1/view2_lateral.jpg,M,60,Lateral,,1.0" + blank
+        + "\nCheXpert-v1.0-small/train/patient00002/study1/view1_frontal.jpg,M,60,Frontal,AP,maybe" + blank)
+    (tmp_path / "valid.csv").write_text(header
+        + "CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg,M,60,Frontal,AP,0.0,1.0" + blank[1:])
+    names, items, problems = read("chexpert", tmp_path, views="frontal")
+    assert list(items) == ["train/patient00001/study1/view1_frontal",
+                           "valid/patient64541/study1/view1_frontal"]
+    assert items["valid/patient64541/study1/view1_frontal"].split == "test"  # no test release here
+    assert len(problems) == 1 and len(read("chexpert", tmp_path)[1]) == 3
+    study = tmp_path / "test" / "patient64741" / "study1"
+    study.mkdir(parents=True)
+    (study / "view1_frontal.jpg").touch()
+    (tmp_path / "groundtruth.csv").write_text(
+        "Study," + ",".join(data.CHEXPERT) + "\nCheXpert-v1.0/test/patient64741/study1,1" + ",0" * 13 + "\n")
+    _, items, _ = read("chexpert", tmp_path)
+    assert {i.split for i in items.values()} == {"train", "validate", "test"}
+    assert items["test/patient64741/study1/view1_frontal"].labels[0] == 1
+
+
+def test_openi_xml_and_kaggle_repack(tmp_path):
+    folder = tmp_path / "nlm" / "ecgen-radiology"
+    folder.mkdir(parents=True)
+    (folder / "2.xml").write_text(
+        "<r><AbstractText Label='FINDINGS'>Mild left base atelectasis.</AbstractText>"
+        "<MeSH><major>Pulmonary Atelectasis/base/left/mild</major></MeSH>"
+        "<parentImage id='CXR2_IM-0652-1001'/><parentImage id='CXR2_IM-0652-2001'/></r>")
+    (folder / "3.xml").write_text("<r><MeSH><major>No Indexing</major></MeSH><parentImage id='CXR3_1'/></r>")
+    (folder / "4.xml").write_text("<r><MeSH>")
+    (tmp_path / "nlm" / "nlmcxr_dicom_metadata.csv").write_text(
+        "imageid,View Position\nCXR2_IM-0652-1001,PA\nCXR2_IM-0652-2001,LL\n")
+    names, items, problems = read("openi", tmp_path / "nlm", views="frontal")
+    assert list(items) == ["CXR2_IM-0652-1001.png", "CXR3_1.png"] and len(problems) == 1
+    one = items["CXR2_IM-0652-1001.png"]
+    assert [n for n, v in zip(names, one.labels) if v == 1] == ["Atelectasis"]
+    assert ("atelectasis", 1) in {(t.pathology, t.existence) for t in text.extract_triplets(one.note)}
+    assert set(items["CXR3_1.png"].labels) == {data.UNKNOWN}
+    kaggle = tmp_path / "kaggle"
+    kaggle.mkdir()
+    (kaggle / "indiana_reports.csv").write_text(
+        "uid,MeSH,Problems,image,indication,comparison,findings,impression\n"
+        "1,Cardiomegaly/borderline;Opacity/lung,x,y,Cough,None,Large heart.,Opacity.\n")
+    (kaggle / "indiana_projections.csv").write_text(
+        "uid,filename,projection\n1,1_IM-1.dcm.png,Frontal\n1,1_IM-2.dcm.png,Lateral\n")
+    _, items, _ = read("openi", kaggle, views="frontal")
+    assert list(items) == ["1_IM-1.dcm.png"]
+    assert sum(items["1_IM-1.dcm.png"].labels) == 2 and "FINDINGS" in items["1_IM-1.dcm.png"].note
+
+
+# ------------------------------------------------------------------------------------------------
+# The real label files
+
+def real_root(tmp_path, **files):
+    for name, path in files.items():
+        shutil.copy(REAL / "labels" / path, tmp_path / name.replace("__", "."))
+    return tmp_path
+
+
+@real
+def test_real_nih(tmp_path):
+    for name in ("Data_Entry_2017_v2020.csv.gz", "BBox_List_2017.csv.gz", "test_list.txt"):
+        shutil.copy(REAL / "labels" / name, tmp_path)
+    names, items, problems = read("nih", tmp_path)
+    items = list(items.values())
+    assert len(items) == 112_120 and not problems and len({i.patient for i in items}) == 30_805
+    assert sum(i.split == "test" for i in items) == 25_596
+    assert sum(i.split == "train" for i in items) == 86_524
+    assert sum(len(i.boxes) for i in items) == 984 and sum(bool(i.boxes) for i in items) == 880
+    counts = dict(zip(names, np.sum([i.labels for i in items], 0)))
+    assert counts["Infiltration"] == 19_894 and counts["Hernia"] == 227 and counts["Fibrosis"] == 1_686
+    assert sum(not any(i.labels) for i in items) == 60_361
+    assert all(i.labels[names.index(box[0])] for i in items for box in i.boxes)
+    assert max(box[1] + box[3] for i in items for box in i.boxes) < 1
+    splits, _ = data.settle_splits(items, data.SOURCES["nih"].made)
+    where = {}
+    assert all(where.setdefault(i.patient, s) == s for i, s in zip(items, splits))  # no patient leaks
+    assert splits.count("test") == 25_596
+
+
+@real
+def test_real_rsna(tmp_path):
+    shutil.copy(REAL / "labels/kaggle_stage_2_train_labels.csv.zip", tmp_path / "stage_2_train_labels.csv.zip")
+    test = str(REAL / "labels/rsna_medslip_test.csv")
+    _, items, problems = read("rsna", tmp_path, test)
+    assert len(items) == 26_684 and not problems
+    assert sum(i.labels[0] for i in items.values()) == 6_012
+    assert sum(len(i.boxes) for i in items.values()) == 9_555
+    splits, _ = data.settle_splits(list(items.values()), (0.7, 0.15), test)
+    chosen = [i for i, s in zip(items.values(), splits) if s == "test"]
+    assert len(chosen) == 5_337 and sum(i.labels[0] for i in chosen) == 1_218
+    shutil.copy(test, tmp_path / "rsna_test.csv")
+    (tmp_path / "stage_2_train_labels.csv.zip").unlink()
+    _, alone, _ = read("rsna", tmp_path)
+    assert len(alone) == 5_337 and all(sorted(alone[i.id].boxes) == sorted(i.boxes) for i in chosen)
+
+
+@real
+def test_real_siim(tmp_path):
+    shutil.copy(REAL / "labels/siim-pneumothorax-train-rle.csv.gz", tmp_path / "train-rle.csv.gz")
+    _, items, problems = read("siim", tmp_path)
+    items = list(items.values())
+    assert len(items) == 12_047 and not problems and sum(i.labels[0] for i in items) == 2_669
+    assert sum(len(i.masks) for i in items) == 3_576 and sum(len(i.masks) > 1 for i in items) == 624
+    middle, sides = [], []
+    for i in [i for i in items if i.masks][:150]:
+        rows, columns = np.nonzero(np.any([data.decode_rle(m[2]) for m in i.masks], 0))
+        middle.append((rows.mean(), columns.mean()))
+        sides.append(columns.max() - columns.min())
+    rows, columns = np.transpose(middle)
+    # the masks lie in one lung or the other and high up: rows and columns are not exchanged
+    assert np.median(rows) < 480 and ((columns < 440) | (columns > 584)).mean() > 0.8
+
+
+@real
+def test_real_chexpert(tmp_path):
+    shutil.copy(REAL / "labels/chexpert_train.csv.gz", tmp_path / "train.csv.gz")
+    names, items, problems = read("chexpert", tmp_path)
+    raw = np.array([i.labels for i in items.values()], np.int8)
+    assert len(raw) == 223_414 and not problems
+    counts = {n: tuple(int((raw[:, k] == v).sum()) for v in (1, 0, -1)) for k, n in enumerate(names)}
+    assert counts["Cardiomegaly"] == (27_000, 11_116, 8_087) and counts["No Finding"] == (22_381, 0, 0)
+    assert counts["Pleural Effusion"] == (86_187, 35_396, 11_628) and counts["Fracture"] == (9_040, 2_512, 642)
+    assert sum("frontal" in name for name in items) == 191_027
+
+
+@real
+def test_real_covid_chestxray(tmp_path):
+    table = data.load("covid-chestxray", str(REAL / "covid-chestxray"), size=32, workers=1,
+                      cache_dir=str(tmp_path))
+    assert len(table.rows()) == 527 and table.receipt["skipped"] == {"duplicate": 4, "missing": 11}
+    assert table.label_names[0] == "COVID-19" and table.label_pathologies[0] is None
+    assert sum(table.receipt["splits"].values()) == 527 and table.has_reports
+    where = {}
+    assert all(where.setdefault(table.patients[i], table.splits[i]) == table.splits[i] for i in table.rows())
+    masked = [i for i in table.rows() if table.mask(i, "lung") is not None]
+    assert len(masked) > 190 and 0.05 < np.mean([table.mask(i, "lung").mean() for i in masked[:20]]) < 0.6
+
+
+@real
+def test_real_openi_reports(tmp_path):
+    import tarfile
+    with tarfile.open(REAL / "openi/NLMCXR_reports_even.tgz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    names, items, problems = read("openi", tmp_path)
+    assert len({i.patient for i in items.values()}) > 1_900 and not problems
+    counts = dict(zip(names, np.sum([np.array(i.labels) == 1 for i in items.values()], 0)))
+    assert counts["Cardiomegaly"] > 300 and counts["Atelectasis"] > 250
