@@ -88,16 +88,19 @@ def pose_chest(rng, size, names):
     c.heart = disc(c, *c.heart_at, *c.heart_r, angle=0.35)
 
     inside = (1 - c.chest) * 0.4
-    c.x_abs, c.lung, c.dome = np.abs(c.x), {}, {}
+    c.x_abs, c.dome, c.space, c.lung = np.abs(c.x), {}, {}, {}
     for side in (LEFT, RIGHT):
         out = c.x * side                              # grows outwards on this side
         c.dome[side] = c.base[side] + 1.1 * (out - 0.34) ** 2 - c.y             # > 0 above it
         field = np.minimum(np.minimum(inside, out - 0.12), c.dome[side])
+        c.space[side] = ramp(field, c.soft)           # lung, the part behind the heart included
+        field = np.minimum(field, (c.heart - 1) * 0.2)
         if side == LEFT:
-            field = np.minimum(field, (c.heart - 1) * 0.2)
+            field = np.minimum(field, (disc(c, 0.07, -0.26, 0.12, 0.15) - 1) * 0.06)    # aortic knob
         c.lung[side] = ramp(field, c.soft)
-    phase = (c.y - 0.33 * c.x_abs * c.x_abs) * (1 / 0.2) + np.float32(rng.uniform())
-    c.rib_phase, c.cage = phase, ramp(1.04 - c.chest, 0.1)
+    c.rib_start = rng.uniform()                       # ribs are where the phase is a whole number
+    c.rib_phase = (c.y - 0.33 * c.x_abs * c.x_abs) * (1 / 0.2) + np.float32(c.rib_start)
+    c.cage = ramp(1.04 - c.chest, 0.1)
     return c
 
 
@@ -107,29 +110,26 @@ def rib_band(phase):
 
 def render_chest(c, rng):
     """The film without findings, float32 [S, S]: air 0, lung about 0.25, soft tissue 0.6, metal 1."""
-    body = ramp(1.35 - disc(c, 0, 0.55, 0.93, 1.25) ** 2, 0.25)
-    neck = ramp(0.2 - c.x_abs, 0.1) * (c.y < 0)
-    film = 0.60 * np.maximum(body, neck)
+    neck = c.x_abs - 0.22                             # > 0 on the shoulders
+    body = ramp(c.y + 0.98 - np.minimum(0.45 * neck, 8 * neck), 0.16) * ramp(1.04 - c.x_abs, 0.12)
+    film = body * (0.60 - 0.9 * np.maximum(c.x_abs - 0.72, 0) ** 2)             # thinner sides
     lungs = c.lung[LEFT] + c.lung[RIGHT]
     film -= lungs * np.float32(rng.uniform(0.32, 0.40))
-    markings = smooth_noise(rng, c.size, 22)
-    hila = np.exp(-3.0 * (c.x_abs - 0.14) ** 2 - 2.0 * (c.y - 0.02) ** 2)
-    c.markings = 0.055 * markings * hila * lungs
-    film += c.markings + 0.09 * np.exp(-40 * (c.x_abs - 0.17) ** 2 - 18 * (c.y - 0.02) ** 2)
+    c.markings = 0.05 * smooth_noise(rng, c.size, 22) * lungs
+    c.markings *= np.exp(-3.0 * (c.x_abs - 0.14) ** 2 - 2.0 * (c.y - 0.02) ** 2)
+    film += c.markings + 0.09 * np.exp(-40 * (c.x_abs - 0.19) ** 2 - 18 * (c.y - 0.02) ** 2)    # hila
     film += c.cage * rib_band(c.rib_phase) * np.float32(rng.uniform(0.05, 0.08))
-    heart = ramp(1 - c.heart, 0.25)
-    film += heart * 0.10
-    film += ramp(0.12 - c.x_abs, 0.05) * 0.06 * (1 + 0.35 * np.cos(c.y * 44))  # spine
-    film -= ramp(0.035 - np.abs(c.x - 0.015), 0.03) * ramp(-0.22 - c.y, 0.1) * 0.10     # trachea
-    abdomen = np.minimum(ramp(-c.dome[LEFT], 0.06), ramp(-c.dome[RIGHT], 0.06))
-    film += abdomen * ramp(1 - c.chest, 0.2) * 0.14
-    slope, high = rng.uniform(0.18, 0.34), rng.uniform(-0.66, -0.58)
+    film += ramp(1 - c.heart, 0.5) * 0.06
+    film += ramp(0.10 - c.x_abs, 0.05) * (0.035 + 0.02 * np.cos(c.y * 44))      # spine
+    film -= ramp(0.04 - np.abs(c.x - 0.015), 0.04) * ramp(-0.24 - c.y, 0.1) * 0.10      # trachea
+    abdomen = np.maximum(ramp(-c.dome[LEFT], 0.06), ramp(-c.dome[RIGHT], 0.06))
+    film += abdomen * body * 0.10
+    slope, high = rng.uniform(0.18, 0.30), rng.uniform(-0.66, -0.58)
     clavicle = np.abs(c.y - high + slope * (c.x_abs - 0.12))
-    film += ramp(0.035 - clavicle, 0.03) * (c.x_abs > 0.09) * (c.x_abs < 0.8) * 0.12
+    film += ramp(0.03 - clavicle, 0.03) * (c.x_abs > 0.09) * (c.x_abs < 0.78) * 0.12
     if rng.uniform() < 0.35:                                                    # breast shadows
         x, y = rng.uniform(0.40, 0.48), rng.uniform(0.25, 0.38)
-        folds = (c.x_abs - x) ** 2 + (c.y - y) ** 2
-        film += ramp(0.085 - folds, 0.06) * 0.05
+        film += ramp(0.085 - (c.x_abs - x) ** 2 - (c.y - y) ** 2, 0.06) * 0.05
     return film
 
 
@@ -170,13 +170,13 @@ def place_in_lung(c, anatomy, radius):
     wall = c.width * np.sqrt(max(1 - ((y - 0.25) / 1.06) ** 2, 0.05)) - 0.65 * radius
     inner = 0.24
     if side == LEFT and y > c.heart_at[1] - c.heart_r[1]:                       # beside the heart
-        inner = max(inner, c.heart_at[0] + 0.85 * c.heart_r[0])
+        inner = max(inner, c.heart_at[0] + 0.8 * c.heart_r[0])
     return side * rng.uniform(min(inner, wall - 0.04), wall), y, side
 
 
 def in_lung(c, side, change, shape):
-    change = change * c.lung[side]
-    return [(change, (shape > 0.35) & (c.lung[side] > 0.5))]
+    change = change * c.space[side]
+    return [(change, (shape > 0.35) & (c.space[side] > 0.5))]
 
 
 def draw_patch(strength, radii, fall, texture=0.0):
@@ -220,8 +220,8 @@ def draw_effusion(c, anatomy):
 
 def draw_pneumothorax(c, anatomy):
     side, rng = side_of(anatomy), c.rng
-    depth, reach = rng.uniform(0.07, 0.12), rng.uniform(-0.32, 0.05)
-    wall = (1 - c.chest) * 0.4 - depth * ramp(reach - c.y, 0.5)   # < 0 in the air outside the lung
+    depth, reach = rng.uniform(0.09, 0.14), rng.uniform(-0.32, 0.05)
+    wall = (1 - c.chest) * 0.4 - depth * ramp(reach - c.y, 0.4)   # < 0 in the air outside the lung
     air = ramp(-wall, c.soft) * ramp(reach - c.y, 0.12) * c.lung[side]
     line = ramp(0.5 * c.soft + 0.006 - np.abs(wall), c.soft) * ramp(reach - c.y, 0.12) * c.lung[side]
     change = -air * (0.11 + c.markings) + line * 0.14
@@ -232,8 +232,8 @@ def draw_atelectasis(c, anatomy):
     side, rng = side_of(anatomy), c.rng
     x, y = side * rng.uniform(0.36, 0.56), c.base[side] - rng.uniform(0.10, 0.34)
     half, tilt = rng.uniform(0.16, 0.24), side * rng.normal(0.1, 0.22)
-    plate = ramp(0.045 - segment(c, x - half, y - half * tilt, x + half, y + half * tilt), c.soft)
-    return in_lung(c, side, plate * np.float32(rng.uniform(0.17, 0.24)), plate)
+    plate = ramp(0.05 - segment(c, x - half, y - half * tilt, x + half, y + half * tilt), c.soft)
+    return in_lung(c, side, plate * np.float32(rng.uniform(0.20, 0.26)), plate)
 
 
 def draw_cardiomegaly(c, anatomy):
@@ -258,17 +258,16 @@ def draw_edema(c, anatomy):
 
 def draw_fracture(c, anatomy):
     rng = c.rng
-    side, x = rng.choice((LEFT, RIGHT)), rng.uniform(0.38, 0.62)
-    spacing, offset = 0.2, float(c.rib_phase[0, 0] * 0.2 - (c.y[0, 0] - 0.33 * c.x_abs[0, 0] ** 2))
-    ribs = [k * spacing - offset + 0.33 * x * x for k in range(-4, 8)]
-    y = rng.choice([rib for rib in ribs if -0.45 < rib < 0.30])
-    spot = ramp(1 - disc(c, side * x, y, 0.15, 0.12), 0.3)
-    # the outer fragment is stepped by a third of the gap between ribs, and both shine more
-    outer = c.x * side > x
-    stepped = rib_band(c.rib_phase - np.where(outer, np.float32(0.33), np.float32(0)))
-    gap = ramp(0.026 - np.abs(c.x * side - x), c.soft)
-    change = spot * (0.26 * stepped - 0.07 * rib_band(c.rib_phase) - 0.22 * gap)
-    return [(change, spot > 0.5)]
+    side, x, k = (LEFT, RIGHT)[rng.integers(2)], rng.uniform(0.38, 0.60), rng.integers(-2, 2)
+    y = (float(k) - c.rib_start) * 0.2 + 0.33 * x * x             # on the k-th rib
+    along, rib = c.x * side - x, c.rib_phase - k                  # outwards; 0 on the rib, 1 = next
+    near = ramp(1 - disc(c, side * x, y, 0.18, 0.14), 0.3)
+    # the outer fragment is stepped by 0.4 of the gap between ribs; both are bright, the gap is dark
+    broken = np.where(along > 0, rib - 0.4, rib)
+    bone = ramp(0.2 - np.abs(broken), 0.2)
+    gap = ramp(0.03 - np.abs(along), c.soft) * (np.abs(rib - 0.2) < 0.5)
+    change = near * (0.24 * bone - 0.06 * rib_band(c.rib_phase) - 0.18 * gap)
+    return [(change, near > 0.5)]
 
 
 def draw_tube(c, anatomy):
@@ -297,7 +296,7 @@ LOOKS = {
     "consolidation": (1.2, LUNG_ZONES, draw_patch((0.22, 0.28), (0.17, 0.24), 0.5)),
     "opacity": (1.2, LUNG_ZONES, draw_patch((0.11, 0.15), (0.20, 0.27), 1.2)),
     "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.12, 0.16), (0.19, 0.26), 0.7, texture=1.3)),
-    "nodule": (1.1, LUNG_ZONES, draw_round((0.20, 0.26), (0.085, 0.115), 0.0)),
+    "nodule": (1.1, LUNG_ZONES, draw_round((0.22, 0.28), (0.095, 0.125), 0.0)),
     "mass": (1.0, LUNG_ZONES[0:2] + LUNG_ZONES[3:5] + ["left_hilar", "right_hilar"],
              draw_round((0.22, 0.28), (0.16, 0.22), 0.25)),
     "atelectasis": (1.0, ["left_lower_lung", "right_lower_lung"], draw_atelectasis),
@@ -391,7 +390,7 @@ def develop(film, rng, size):
     """Blur, grain, exposure and contrast: float [S, S] -> uint8 [size, size]."""
     gain, gamma, black = rng.uniform(0.85, 1.1), rng.uniform(0.8, 1.25), rng.uniform(0, 0.06)
     film = film + smooth_noise(rng, film.shape[0], 5) * 0.022
-    film = film + rng.standard_normal(film.shape, dtype=np.float32) * np.float32(rng.uniform(0.012, 0.03))
+    film = film + rng.standard_normal(film.shape, dtype=np.float32) * np.float32(rng.uniform(0.008, 0.022))
     film = np.clip(film, 0, 1.1) ** np.float32(gamma) * np.float32(gain) + np.float32(black)
     image = Image.fromarray((np.clip(film, 0, 1) * 255).astype(np.uint8))
     if rng.uniform() < 0.5:
@@ -493,7 +492,8 @@ def write_report(rng, cells):
     mentions.update((p, 0) for p in absent)
     absent = [DENIED[p] for p in absent]
     while absent:
-        names, absent = absent[:3], absent[rng.integers(1, 4):] if len(absent) > 3 else []
+        several = rng.integers(1, 4)
+        names, absent = absent[:several], absent[several:]
         opening = rng.choice(["No {}.", "There is no {}.", "No evidence of {}.", "There is no evidence of {}."])
         seen.append(str(opening).format(join_names(names)))
     if "cardiomegaly" not in drawn and rng.uniform() < 0.4:
