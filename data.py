@@ -51,6 +51,52 @@ SPLITS = ("train", "validate", "test", "skipped")
 csv.field_size_limit(1 << 27)
 
 # ------------------------------------------------------------------------------------------------
+# The data sets
+
+
+class Source(typing.NamedTuple):
+    name: str      # as people call it
+    files: tuple   # one of these lies at its root (plain, .gz or .zip)
+    get: str       # where to get it
+    layout: str    # phantom.py's --layout that rehearses it
+    views: str     # --views unless told: the published run took all of MIMIC's
+    made: tuple    # shares of train and validate where no official split exists
+
+
+SOURCES = {
+    "synthetic": Source(
+        "synthetic", ("mimic-cxr-2.0.0-split.csv",), "a new --root is filled on first use",
+        "mimic", "all", (0.8, 0.1)),
+    "mimic": Source(
+        "MIMIC-CXR-JPG", ("mimic-cxr-2.0.0-split.csv",), "https://physionet.org/content/mimic-cxr-jpg"
+        " and the reports, /content/mimic-cxr (credentialed)", "mimic", "all", (0.8, 0.1)),
+    "nih": Source(
+        "NIH ChestX-ray14", ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
+        "https://nihcc.app.box.com/v/ChestXray-NIHCC", "nih", "all", (0.7, 0.1)),
+    "rsna": Source(
+        "RSNA Pneumonia", ("stage_2_train_labels.csv", "*rsna*test*.csv"),
+        "kaggle competitions download -c rsna-pneumonia-detection-challenge", "rsna", "all",
+        (0.7, 0.15)),
+    "siim": Source(
+        "SIIM-ACR Pneumothorax", ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv"),
+        "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation", "siim", "all", (0.7, 0.15)),
+    "covidx": Source(
+        "COVIDx", ("test*.txt",), "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2", "covidx",
+        "all", (0.9, 0.1)),
+    "chexpert": Source(
+        "CheXpert", ("train.csv", "valid.csv", "val_labels.csv"),
+        "https://stanfordmlgroup.github.io/competitions/chexpert", "chexpert", "frontal", (0.9, 0.1)),
+    "openi": Source(
+        "Open-i", ("ecgen-radiology", "indiana_reports.csv"),
+        "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)", "openi", "frontal",
+        (0.7, 0.1)),
+    "covid-chestxray": Source(
+        "covid-chestxray-dataset", ("metadata.csv",),
+        "git clone https://github.com/ieee8023/covid-chestxray-dataset", "", "frontal", (0.6, 0.1)),
+}
+DATASETS = tuple(SOURCES)
+
+# ------------------------------------------------------------------------------------------------
 # Labels
 
 CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity",
@@ -452,47 +498,9 @@ def read_covid_chestxray(root, options, problems):
     return names, items
 
 
-# ------------------------------------------------------------------------------------------------
-# The data sets
-
-class Source(typing.NamedTuple):
-    name: str             # as people call it
-    read: typing.Callable
-    files: tuple          # one of these is at the root
-    get: str              # where to get it
-    layout: str           # phantom.py's --layout that rehearses it
-    views: str            # default
-    made: tuple           # shares of train and validate where a split has to be made
-
-
-SOURCES = {
-    "synthetic": Source("synthetic", read_mimic, ("mimic-cxr-2.0.0-split.csv",),
-                        "an empty or new --root is filled on first use", "mimic", "all", (0.8, 0.1)),
-    "mimic": Source("MIMIC-CXR-JPG", read_mimic, ("mimic-cxr-2.0.0-split.csv",),
-                    "https://physionet.org/content/mimic-cxr-jpg and, for the reports, "
-                    "https://physionet.org/content/mimic-cxr (credentialed)", "mimic", "all", (0.8, 0.1)),
-    "nih": Source("NIH ChestX-ray14", read_nih, ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
-                  "https://nihcc.app.box.com/v/ChestXray-NIHCC", "nih", "all", (0.7, 0.1)),
-    "rsna": Source("RSNA Pneumonia", read_rsna, ("stage_2_train_labels.csv", "*rsna*test*.csv"),
-                   "kaggle competitions download -c rsna-pneumonia-detection-challenge", "rsna",
-                   "all", (0.7, 0.15)),
-    "siim": Source("SIIM-ACR Pneumothorax", read_siim,
-                   ("stage_2_train.csv", "train-rle.csv", "*train-rle.csv", "stage_1_train_images.csv"),
-                   "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation", "siim", "all",
-                   (0.7, 0.15)),
-    "covidx": Source("COVIDx", read_covidx, ("test*.txt",),
-                     "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2", "covidx", "all", (0.9, 0.1)),
-    "chexpert": Source("CheXpert", read_chexpert, ("train.csv", "valid.csv", "val_labels.csv"),
-                       "https://stanfordmlgroup.github.io/competitions/chexpert", "chexpert",
-                       "frontal", (0.9, 0.1)),
-    "openi": Source("Open-i", read_openi, ("ecgen-radiology", "indiana_reports.csv"),
-                    "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)", "openi",
-                    "frontal", (0.7, 0.1)),
-    "covid-chestxray": Source("covid-chestxray-dataset", read_covid_chestxray, ("metadata.csv",),
-                              "git clone https://github.com/ieee8023/covid-chestxray-dataset", "",
-                              "frontal", (0.6, 0.1)),
-}
-DATASETS = tuple(SOURCES)
+READERS = {"synthetic": read_mimic, "mimic": read_mimic, "nih": read_nih, "rsna": read_rsna,
+           "siim": read_siim, "covidx": read_covidx, "chexpert": read_chexpert, "openi": read_openi,
+           "covid-chestxray": read_covid_chestxray}
 
 
 def find_root(dataset, root):
@@ -512,7 +520,7 @@ def find_root(dataset, root):
 def read_items(dataset, root, options):
     """(label names, items, problems) of a data set as downloaded; no image is opened here."""
     problems, kept, seen = [], [], set()
-    names, items = SOURCES[dataset].read(root, options, problems)
+    names, items = READERS[dataset](root, options, problems)
     for item in items:
         # ids and paths come from csv files of strangers: none may lead out of the data root
         paths = [item.path, item.report] + [m[2] for m in item.masks or () if m[1] == "png"]
@@ -717,9 +725,30 @@ def prepare_chunk(job):
     cells = read_part(name + ".cells.json", made_from)
     if cells is None:
         found = given or [report_cells(root, item) for item in items]
-        cells = dict(made_from=made_from, cells=[f[0] for f in found], state=[f[1] for f in found])
+        cells = dict(made_from=made_from, state=[f[1] for f in found], **pack([f[0] for f in found]))
         write_json(name + ".cells.json", cells)
     return start, pixels, cells
+
+
+def pack(lists):
+    """[(pathology, anatomy, value), ...] of each image as names, counts and flat numbers: MIMIC's
+    four million cells would take a gigabyte as tuples."""
+    names = sorted({name for cells in lists for cell in cells for name in cell[:2]})
+    number = {name: k for k, name in enumerate(names)}
+    return dict(names=names, counts=[len(cells) for cells in lists],
+                flat=[n for cells in lists for p, a, v in cells for n in (number[p], number[a], v)])
+
+
+def join(parts):
+    """(names, where each image's cells start, cells int16 [., 3]) of all packed parts: CSR."""
+    names = sorted(set().union(*(part["names"] for part in parts)))
+    number, cells = {name: k for k, name in enumerate(names)}, []
+    for part in parts:
+        flat = np.array(part["flat"], np.int16).reshape(-1, 3)
+        flat[:, :2] = np.array([number[name] for name in part["names"]], np.int16)[flat[:, :2]]
+        cells.append(flat)
+    counts = [count for part in parts for count in part["counts"]]
+    return names, np.cumsum([0] + counts), np.concatenate(cells)
 
 
 def report_cells(root, item):
@@ -947,24 +976,19 @@ def prepare(dataset, root, folder, size, workers, options, made_from):
     parts = sorted(run_jobs(prepare_chunk, jobs, workers, "preparing"), key=lambda part: part[0])
     shapes = [shape for _, pixels, _ in parts for shape in pixels["shapes"]]
     errors = [error for _, pixels, _ in parts for error in pixels["errors"]]
-    cells = [found for _, _, part in parts for found in part["cells"]]
     state = [s for _, _, part in parts for s in part["state"]]
     for row, _, _ in errors:
         splits[row] = "skipped"
 
-    pathologies, anatomies = {}, {}  # name -> number, in order of appearance
+    raw = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
+    cell_names, cells_start, cells = join([part for _, _, part in parts])
+    truth_names, truth_start, truth = join([pack([[(*t, 1) for t in i.truth] for i in items])])
     arrays = dict(shape=np.array(shapes, np.int32).reshape(-1, 2),
                   splits=np.array([SPLITS.index(s) for s in splits], np.int8),
-                  has_report=np.array([s == "read" for s in state], bool))
-    raw = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
-    arrays["labels"] = settle_labels(raw, names, options["uncertain"])
-    for title, lists in (("cells", cells), ("truth", [[(*t, 1) for t in i.truth] for i in items])):
-        # one flat list of cells, and where each image's begin (CSR): 7 MB a 100,000 images
-        arrays[title + "_start"] = np.cumsum([0] + [len(found) for found in lists])
-        arrays[title] = np.array([(pathologies.setdefault(p, len(pathologies)),
-                                   anatomies.setdefault(a, len(anatomies)), value)
-                                  for found in lists for p, a, value in found], np.int16).reshape(-1, 3)
-    index = dict(label_names=names, pathologies=list(pathologies), anatomies=list(anatomies),
+                  has_report=np.array([s == "read" for s in state], bool),
+                  labels=settle_labels(raw, names, options["uncertain"]), cells_start=cells_start,
+                  cells=cells, truth_start=truth_start, truth=truth)
+    index = dict(label_names=names, cell_names=cell_names, truth_names=truth_names,
                  ids=[i.id for i in items], paths=[i.path for i in items],
                  patients=[i.patient for i in items],
                  boxes={k: item.boxes for k, item in enumerate(items) if item.boxes},
@@ -991,8 +1015,8 @@ def prepare(dataset, root, folder, size, workers, options, made_from):
         patients=len({i.patient for i, u in zip(items, used) if u}),
         splits={name: splits.count(name) for name in SPLITS[:3]}, split_source=split_source,
         reports=dict(collections.Counter(s for s, u in zip(state, used) if u)),
-        triplets=dict(source=options["triplets"], present=int((arrays["cells"][:, 2] == 1).sum()),
-                      denied=int((arrays["cells"][:, 2] == 0).sum())),
+        triplets=dict(source=options["triplets"], present=int((cells[:, 2] == 1).sum()),
+                      denied=int((cells[:, 2] == 0).sum())),
         boxes=sum(len(i.boxes) for i in items), masks=sum(bool(i.masks) for i in items),
         uncertain=options["uncertain"],
         labels={name: {said: int((raw[used, k] == v).sum()) for said, v in values.items()}
@@ -1108,11 +1132,10 @@ class Table:
         self.has_report = arrays["has_report"]
         self.has_reports = bool(self.has_report.any())
         self.boxes = [index["boxes"].get(str(i), []) for i in range(len(self.ids))]
-        self.pathologies, self.anatomies = index["pathologies"], index["anatomies"]
         self._masks = {int(i): masks for i, masks in index["masks"].items()}
         self._masked = {mask[0] for masks in self._masks.values() for mask in masks}
-        self._cells = arrays["cells_start"], arrays["cells"]
-        self._truth = arrays["truth_start"], arrays["truth"]
+        self._cells = index["cell_names"], arrays["cells_start"], arrays["cells"]
+        self._truth = index["truth_names"], arrays["truth_start"], arrays["truth"]
         self._places = {}
 
     def __len__(self):
@@ -1124,9 +1147,8 @@ class Table:
 
     def cells(self, i):
         """[(pathology, anatomy, 1 present or 0 denied)] of image i's report, under their own names."""
-        start, cells = self._cells
-        return [(self.pathologies[p], self.anatomies[a], int(v))
-                for p, a, v in cells[start[i]:start[i + 1]]]
+        names, start, cells = self._cells
+        return [(names[p], names[a], int(v)) for p, a, v in cells[start[i]:start[i + 1]]]
 
     def existence(self, index, pathologies, anatomies):
         """int8 [B,n,m] of the images in `index`: 1 present, 0 denied, -1 not mentioned."""
@@ -1139,19 +1161,18 @@ class Table:
         return self._dense(self._truth, index, pathologies, anatomies, 0)
 
     def _dense(self, store, index, pathologies, anatomies, blank):
-        key = tuple(pathologies), tuple(anatomies)
+        names, start, cells = store
+        key = blank, tuple(pathologies), tuple(anatomies)
         if key not in self._places:
-            self._places[key] = (place(self.pathologies, key[0], "tail_abnorm_obs"),
-                                 place(self.anatomies, key[1], "other"))
+            self._places[key] = (place(names, key[1], "tail_abnorm_obs"), place(names, key[2], "other"))
         columns, rows = self._places[key]
-        start, cells = store
         index = np.asarray(index, np.int64).reshape(-1)
         count = start[index + 1] - start[index]
         image = np.repeat(np.arange(len(index)), count)
         within = np.arange(len(image)) - np.repeat(count.cumsum() - count, count)
         p, a, value = cells[np.repeat(start[index], count) + within].T
         row, column = rows[a], columns[p]
-        dense = np.full((len(index), len(key[1]), len(key[0])), blank, np.int8)  # [B,n,m]
+        dense = np.full((len(index), len(key[2]), len(key[1])), blank, np.int8)  # [B,n,m]
         for now in (0, 1):  # several names may share a place ("other"): what is present is written last
             hit = (value == now) & (row >= 0) & (column >= 0)
             dense[image[hit], row[hit], column[hit]] = now
@@ -1196,7 +1217,7 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, table, rows, batch_size, seed, pathologies, anatomies, rank=0, world=1):
         if batch_size % world:
             raise InputError(f"--batch-size {batch_size} is not a multiple of {world} processes")
-        start = table._cells[0]
+        start = table._cells[1]
         rows = np.asarray(rows)
         self.row_numbers = rows[start[rows + 1] > start[rows]]
         if not len(self.row_numbers):
