@@ -1,20 +1,31 @@
 """Reports to triplets, triplets to the existence matrix, prompts to text vectors (Sec. II-A).
 
-    python text.py --report note.txt                # or - for standard input
+    python text.py --dataset openi --root DIR       # frequencies, and scores against index terms
+    python text.py --radgraph MIMIC-CXR_graphs.json # frequencies in a RadGraph file
     echo "Small left pleural effusion. No pneumothorax." | python text.py --report -
 
-Differs from the paper and the released code in:
-- Triplets come from rules in this file, or from RadGraph files; both feed one matrix.
-- The definitions are our own words; `read_pathology_book` takes the published prompt file instead.
+A triplet (pathology, anatomy, existence) comes from the rules in this file or from RadGraph's JSON;
+both end in the same matrix. Differs from the paper and the released code in:
+- The paper takes RadGraph's triplets only. Our rules need no model: macro F1 0.93 over 17 findings
+  against the human index terms of 1,976 Open-i reports, side right in 0.93 (README).
+- A bilateral finding is at the joint landmark, as published ("bibasilar" -> lung_bases), and at
+  both sides too, so that left_pleural is not unmentioned when both effusions are reported.
+- The definitions are our own words; `read_pathology_book` takes the published prompt file.
 """
 import argparse
+import bisect
 import collections
+import contextlib
+import difflib
+import functools
+import glob
 import hashlib
+import html
 import json
 import os
 import re
 import sys
-import typing
+import tarfile
 import warnings
 
 import numpy as np
@@ -33,6 +44,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
+# existence: 1 present, 0 denied, -1 in doubt
 Triplet = collections.namedtuple(
     "Triplet", "pathology anatomy existence sentence", defaults=("",))
 
@@ -150,86 +162,743 @@ def swap_sides(name):
 
 
 # ------------------------------------------------------------------------------------------------
-# Rules: from a report to triplets (first version)
+# Places: from words of anatomy to one of the 51 landmarks
 
-_SIMPLE = [  # pattern, concept, place when none is named
-    (r"effusions?", "effusion", "pleural"), (r"pneumothora\w+", "pneumothorax", ""),
-    (r"opacit\w+|opacification", "opacity", ""), (r"(?:o?edema)", "edema", ""),
-    (r"atelecta\w+", "atelectasis", ""), (r"consolidat\w+", "consolidation", ""),
-    (r"pneumonia", "pneumonia", ""), (r"cardiomegaly|enlarged heart|heart is enlarged|"
-     r"heart is (?:mildly|moderately|markedly) enlarged", "cardiomegaly", "heart"),
-    (r"nodul\w+", "nodule", ""), (r"mass(?:es)?", "mass", ""), (r"emphysema\w*", "emphysema", ""),
-    (r"fractures?", "fracture", "rib"), (r"hernia", "hernia", ""), (r"scar\w*", "scar", ""),
-    (r"calcifi\w+", "calcification", ""), (r"infiltrat\w+", "infiltrate", ""),
-    (r"congestion", "congestion", "pulmonary"), (r"tubes?", "tube", ""),
-    (r"catheters?", "catheter", ""), (r"pacemaker", "pacemaker", ""), (r"blunt\w*", "blunt", ""),
-    (r"collapsed?", "collapse", ""), (r"low lung volumes|lung volumes are low", "low", "volumes"),
-    (r"hyperinflat\w+|hyperexpan\w+", "hyperinflate", "volumes"), (r"picc", "picc", ""),
-    (r"thicken\w+", "thicken", "pleural"), (r"elevat\w+", "elevation", ""),
-    (r"(?:lungs are|lungs) clear|clear lungs", "clear", "volumes"), (r"lesions?", "lesion", ""),
-    (r"mass", "mass", ""), (r"tortuous", "tortuous", "aorta")]
-_SIMPLE = [(re.compile(rf"\b(?:{pattern})\b"), name, place) for pattern, name, place in _SIMPLE]
+# name: words of which one must occur [+ words of which one must too] [- words that must not]
+# [= whole strings that match as they stand]. The first match wins; _ is the space in a span of two
+# words. S is one side and O the other, so such a line makes two rules: 49 in all, written anew to
+# give what the published table gives.
+_LANDMARKS = """
+trachea: trachea tracheal carina
+S_hilar: hilar hilum perihilar + S - O
+hilar_unspec: hilar hilum hila perihilar - left right = hilar|left|right perihilar|left|right
+S_pleural: pleural pleura + S - O
+pleural_unspec: pleural pleura - left right = pleural|left|right
+heart_size: heart cardiac - border borders
+heart_border: border borders + heart cardiac left right
+S_diaphragm: diaphragm hemidiaphragm + S - O
+diaphragm_unspec: diaphragm diaphragms hemidiaphragm hemidiaphragms - left right
+retrocardiac: retrocardiac
+lower_left_lobe: lobe + lower + left
+upper_left_lobe: lobe + upper + left = lingula lingular
+lower_right_lobe: lobe + lower + right
+middle_right_lobe: lobe + middle mid + right
+upper_right_lobe: lobe + upper + right
+S_lower_lung: lung + lower base + S = base|S basilar|S basal|S lung|S|bases
+left_mid_lung: lung + mid middle + left = midlung|left
+right_mid_lung: lung + mid middle + right
+S_upper_lung: lung + upper + S
+S_apical_lung: apical apex + S - O
+S_lung_unspec: lung hemithorax + S - O = S S_side thorax|S|hemi
+lung_apices: apices - left right = biapical lungs|upper
+lung_bases: lung lungs + base bases - left right = bases basilar bibasilar lung|lower lobe|lower
+S_costophrenic: costophrenic + S - O
+costophrenic_unspec: costophrenic - left right
+cardiophrenic_sulcus: cardiophrenic
+mediastinal: mediastinal mediastinum cardiomediastinal
+spine: spine spinal
+clavicle: clavicle clavicles clavicular
+rib: rib ribs
+stomach: stomach gastric
+right_atrium: atrium atrial + right - left
+right_ventricle: ventricle ventricular + right - left
+aorta: aorta aortic
+svc: svc
+interstitium: interstitial interstitium
+parenchymal: parenchymal
+cavoatrial_junction: cavoatrial_junction
+cardiopulmonary: cardiopulmonary
+pulmonary: pulmonary
+lung_volumes: lung lungs volume volumes - left right upper lower mid middle base bases apical apex
+"""
 
 
-def _simple_place(clause, default):
-    side = next((s for s in ("left", "right") if s in clause), "")
-    level = next((z for z, w in (("lower", r"lower|bas(?:e|al|ilar)"), ("upper", r"upper"),
-                                 ("mid", r"mid|middle"), ("apical", r"apical|apex"))
-                  if re.search(rf"\b(?:{w})\b", clause)), "")
-    if "pleural" in clause or default == "pleural":
-        return f"{side}_pleural" if side else "pleural_unspec"
-    if default == "heart":
-        return "heart_size"
-    if default == "volumes":
-        return "lung_volumes"
-    if "costophrenic" in clause:
-        return f"{side}_costophrenic" if side else "costophrenic_unspec"
-    if "diaphragm" in clause:
-        return f"{side}_diaphragm" if side else "diaphragm_unspec"
-    for word in ("retrocardiac", "aorta", "spine", "clavicle", "rib", "trachea", "stomach"):
-        if word in clause:
-            return word
-    if "hil" in clause and "perihil" not in clause and re.search(r"\bhil[aiu]", clause):
-        return f"{side}_hilar" if side else "hilar_unspec"
-    if "lobe" in clause and side and level in ("lower", "upper", "mid"):
-        name = f"{'middle' if level == 'mid' else level}_{side}_lobe"
-        return name if name in ANATOMIES else f"{side}_mid_lung"
-    if side and level:
-        return f"{side}_{level}_lung"
-    if side:
-        return f"{side}_lung_unspec"
-    if re.search(r"bibasilar|bases|basilar", clause):
-        return "lung_bases"
-    if re.search(r"apices|biapical", clause):
-        return "lung_apices"
-    return default if default in ANATOMIES else "unspecified"
+def _landmark_rules():
+    def words(text):
+        return {word.replace("_", " ") for word in text.split()}
+
+    for line in _LANDMARKS.strip().split("\n"):
+        for side, other in (("left", "right"), ("right", "left"))[:2 if line[0] == "S" else 1]:
+            rule = re.sub(r"\bO\b", other, re.sub(r"(?<![A-Z])S(?=_|\b)", side, line))
+            name, rest, exact = re.fullmatch(r"(\w+): (.+?)(?: = (.+))?", rule).groups()
+            needs, _, bars = rest.partition(" - ")
+            yield (name, [words(need) for need in needs.split(" + ")], words(bars),
+                   words(exact or ""))
+
+
+_RULES = list(_landmark_rules())
+
+
+@functools.lru_cache(2 ** 14)
+def landmark(anatomy):
+    """The landmark of an anatomy string in RadGraph's order: head word, then its modifiers, with |.
+
+    "lobe|left|lower" -> lower_left_lobe; what fits no rule is "other".
+    """
+    words = set(anatomy.split("|"))
+    for name, needs, bars, exact in _RULES:
+        if anatomy in exact or not words & bars and all(words & need for need in needs):
+            return name
+    return "unspecified" if anatomy == "unspecified" else "other"
+
+
+# ------------------------------------------------------------------------------------------------
+# Sections and sentences of a report
+
+_HEADER = re.compile(
+    r"^[ \t]*([A-Z]{2}[A-Z0-9 ()/,&-]*|(?:Findings?|Impression|Conclusion|Indication|Comparison|"
+    r"Technique|History|Exam(?:ination)?)):(?=\s|$)|\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)"
+    r"[ \t]*:", re.M)
+
+
+@functools.lru_cache(2 ** 12)
+def _section_name(header):
+    """A header in any of its spellings -> "findings", "impression", "" (no header) or itself."""
+    name = " ".join(header.lower().split())
+    if re.search(r"impression|conclusion", name):
+        return "impression"
+    if re.search(r"exam|reason|hist|indic|techni|compar|procedure|type|addend|notif|recomm", name):
+        return name
+    if re.search(r"heart|lung|mediast|pleura|bone|osseous|tube|line|cardi|device", name):
+        return ""  # "HEART: Normal." is a line of a structured report
+    # "CHEST, TWO VIEWS:" opens the findings of many notes; then typing errors: "IMPRESSON"
+    if re.search(r"finding|\b(chest|views?|frontal|lateral|portable|radiographs?|ap|pa)\b", name):
+        return "findings"
+    return (difflib.get_close_matches(name, ["impression", "findings"], 1, 0.8) or [name])[0]
+
+
+def sections(report):
+    """{section: text} of one report; the last of several sections of one name counts.
+
+    A report with headers but neither findings nor impression gets `last_paragraph`: what follows
+    the first blank line of its last section. Plain text without any header is all `findings`.
+    """
+    report = re.split(r"^[ \t]*_{5,}[ \t]*$", report, flags=re.M)[-1]  # addenda stand on top
+    marks = [m for m in _HEADER.finditer(report) if _section_name(m[1] or m[2])]
+    if not marks:
+        final = re.match(r"\s*FINAL REPORT[ \t]*\n", report)
+        body = report[final.end():] if final else report
+        later = re.split(r"\n[ \t]*\n", body, maxsplit=1)[1:] if final else []
+        return {"last_paragraph": later[0]} if later else {"findings": body}
+    found = {}
+    for mark, end in zip(marks, [m.start() for m in marks[1:]] + [len(report)]):
+        if report[mark.end():end].strip():
+            found[_section_name(mark[1] or mark[2])] = report[mark.end():end]
+    if not {"findings", "impression"} & set(found):
+        last = re.split(r"\n[ \t]*\n", report[marks[-1].end():], maxsplit=1)[1:]
+        found["last_paragraph"] = last[0] if last else ""
+    return found
+
+
+def sentences(report):
+    """The sentences of findings and impression, else of the last paragraph, as a list."""
+    parts = sections(report)
+    text = "\n\n".join(parts[name] for name in ("findings", "impression") if name in parts)
+    text = text or parts.get("last_paragraph", "")
+    # MIMIC wraps lines, so only a blank line ends a sentence; "2. Small effusion" opens one
+    found = re.split(r"\n[ \t]*\n|(?<=[;!?])\s+|(?<![\s\d]\d)(?<=\.)\s+|(?<=[a-z]\.)(?=[A-Z])|"
+                     r"(?:^|\s)\d{1,2}[.)]\s+(?=[A-Z])", text)
+    return [" ".join(s.split()) for s in found if re.search(r"[A-Za-z]{3}", s)]
+
+
+# ------------------------------------------------------------------------------------------------
+# Rules: the words they know
+
+# concept @home: other words for it. Without a place in the sentence the concept is at its home;
+# with ! it always is, and only the side of the pleura comes from the sentence. ~ marks a concept
+# that says nothing unless a place goes with it, - one that is never said by its own name alone.
+_FINDINGS = """
+~normal: within normal limits, within limits of normal, negative
+~stable: unchanged
+effusion @pleural!: pleural fluid, hemothorax, hydrothorax
+opacity: opacification, opacified
+pneumothorax: pneumothoraces, hydropneumothorax, pleural air collection
+edema @pulmonary: oedema
+atelectasis: atelectatic, atelectases
+tube: tubing
+consolidation: consolidated, consolidative, consolidating
+abnormality: abnormal
+~enlarge: enlarged, enlargement, increased in size
+-low @volume!: low lung volume, low volume, decreased lung volume, reduced lung volume,
+  volume are low, small lung volume, hypoinflation, hypoinflated, hypoventilation, hypoventilatory,
+  hypoaeration, hypoexpanded, hypoexpansion, underinflated, poor inspiration, shallow inspiration
+pneumonia: bronchopneumonia, pneumonitis, infection, infectious process
+old infection: granulomatous infection, granulomatous disease, histoplasmosis
+congestion @pulmonary: congestive change, pulmonary venous hypertension, cephalization
+catheter: port, portacath, mediport
+cardiomegaly @heart!: cardiac enlargement, large heart, heart is large, heart is mildly large,
+  heart is moderately large, heart is slightly large, heart size remain slightly large
+fracture: fractured
+-air: free air, free intraperitoneal air, subdiaphragmatic air, pneumoperitoneum
+tortuous @aorta: tortuosity, ectatic, ectasia, unfolding
+calcification: calcified, calcific
+~prominence: prominent, increased, accentuated
+device: generator, defibrillator, icd, aicd
+engorgement @pulmonary: engorged
+elevation @diaphragm: elevated, eventration
+~expand: expanded
+nodule: nodular, nodularity
+degenerative @spine: degeneration, spondylosis, osteophyte, spurring
+pacemaker: pacer
+-thicken @pleural: thickening, thickened, pleural cap, pleural capping
+scar: scarring, scarred
+hyperinflate @volume!: hyperinflated, hyperinflation, hyperexpanded, hyperexpansion, hyperaerated,
+  hyperaeration, overinflated
+blunt @costophrenic: blunting, blunted
+-loss: volume loss, loss of volume
+~widen: widened, widening
+collapse: collapsed
+emphysema: emphysematous
+aerate: aerated, aeration
+crowd @pulmonary: crowding, crowded
+infiltrate: infiltration
+~obscure: obscured, obscuration, obscuring, obscures
+~distention: distended, distension
+shift @mediastinal: deviation, deviated
+hardware: fusion
+~dilation: dilated, dilatation
+chf @heart!: congestive heart failure, heart failure
+granuloma: granulomata
+fibrosis: fibrotic
+haziness: hazy
+atherosclerosis @aorta: atherosclerotic
+scoliosis @spine: dextroscoliosis, levoscoliosis
+pericardial effusion @heart!: pericardial fluid
+subcutaneous emphysema: soft tissue emphysema
+adenopathy: lymphadenopathy
+copd @lung: chronic obstructive pulmonary disease
+cavitation: cavitary, cavity
+osteopenia: demineralization
+-upper limit @heart!: upper limits of normal, upper limit of normal, upper limits normal
+"""
+_PLAIN = """~clear ~sharp ~unremarkable ~intact ~deformity ~finding ~borderline process tip line
+lead disease picc clip wire marking density mass lesion hernia stent aspiration bronchiectasis
+redistribution@pulmonary kyphosis@spine"""
+_ANATOMY = {  # slot of a Place: name [= other words for it]
+    "side": "left right both=bilateral=bilaterally",
+    "level": "upper mid=middle=midlung lower=base=basilar=basal bases=bibasilar=bibasal "
+             "apical=apex apices=biapical lingula=lingular",
+    "organ": "lobe lung=hemithorax volume pleural=pleura costophrenic diaphragm=hemidiaphragm "
+             "hilar=hilum=hila=suprahilar=infrahilar perihilar heart=cardiac border cardiophrenic "
+             "mediastinal=mediastinum=paratracheal cardiomediastinal trachea=tracheal=endotracheal="
+             "carina retrocardiac cardiopulmonary spine=vertebra=vertebrae=vertebral=thoracolumbar "
+             "clavicle rib stomach=gastric atrium=atrial ventricle=ventricular aorta=aortic "
+             "svc=superior_vena_cava cavoatrial_junction interstitial=interstitium parenchymal "
+             "pulmonary=vascular=vascularity=vasculature=vessel=bronchovascular artery "
+             "thorax=chest bone=bony=osseous=skeletal=shoulder=humerus=sternum soft_tissue abdomen "
+             "breast neck"}
+# What a word does to the findings around it. deny, doubt: for those that follow. denied, doubted:
+# for those before it, or that follow if there are none. keep: looks like a denial and is none.
+_TRIGGERS = """
+deny: no, without, negative for, free of, clear of, absence of, lack of, resolution of, clearing of,
+  rather than, nor, neither, removal of
+denied: not, no longer, resolved, cleared, absent, been removed, ruled out
+keep: no change, no significant change, no interval change, no significant interval change,
+  no appreciable change, without change, without significant change, no increase, no decrease,
+  not changed, not significantly changed, not only, not well, not as well, not clearly, if any
+doubt: may, might, could, possible, possibly, potentially, possibility, questionable, question,
+  suspicious, suspicion, suspect, concern, concerning, worrisome, suggest, suggesting, suggestive,
+  differential, etiology, consider, consideration, whether, unclear, if, favored, rule out, exclude,
+  cannot exclude, cannot rule out, not exclude, to exclude, evaluate, evaluation, correlate,
+  correlation, recommend, recommended, history of, previously, clinical setting, limit, raise
+doubted: not excluded, excluded, not be excluded, cannot be excluded, cannot be ruled out,
+  not be ruled out, difficult to exclude, suspected, questioned, is possible, are possible,
+  also possible, is a possibility, another consideration, a consideration, may not be
+split: but, however, although, though, while, whereas, except, aside from, other than
+reset: there is, there are, there has, there have, which, who
+join: and, or, versus, vs, greater than, more than, larger than, worse than
+prep: in, at, of, within, involving, overlying, over, along, near, throughout, to, through, from,
+  around, projecting, about, on, for, into, above, below, behind, across, under, beneath, with
+verb: is, are, was, were, be, been, has, have, appear, remain, seen, noted, identified, present,
+  demonstrate, demonstrated, show, visualized, persist, represent, representing, reflect,
+  reflecting, compatible, consistent, due, secondary, indicating
+glue: the, aspect, portion, side, sided, region, zone, field, lateral, medial, anterior, posterior,
+  peripheral, inferior, superior, distal, proximal, angle, sulcus, sulci, recess, size, silhouette,
+  contour, structure, shadow
+"""
+# A comma or "and" before one of these ends a denial: "no effusion, mild cardiomegaly"
+_FRESH = set("small tiny trace mild mildly minimal moderate moderately stable unchanged persistent "
+             "chronic old healed again there low tortuous degenerative improved".split())
+_HEALTHY = set(PATHOLOGIES[:8])
+_WEAK = {"pulmonary", "interstitial", "parenchymal", "thorax", "retrocardiac", "trachea"}
+# (concept, organ, existence) of what was read -> the triplet that it says in other words
+_IMPLIED = {("sharp", "costophrenic", 1): ("blunt", "costophrenic_unspec", 0)}
+for _organ in ("heart", "cardiomediastinal"):
+    for _word, _read, _means in (("normal", 1, 0), ("unremarkable", 1, 0), ("enlarge", 1, 1),
+                                 ("enlarge", 0, 0), ("borderline", 1, 1)):
+        _IMPLIED[_word, _organ, _read] = ("cardiomegaly", "heart_size", _means)
+for _word in ("engorgement", "prominence", "enlarge", "redistribution", "distention"):
+    for _read in (0, 1):
+        _IMPLIED[_word, "pulmonary", _read] = ("congestion", "pulmonary", _read)
+
+_LEXICON, _HOME, _NEEDS_PLACE = {}, {}, set()  # _LEXICON: tuple of words -> (kind, value)
+
+
+def _fill_lexicon():
+    def rows(table):
+        return [(key, [tuple(phrase.split()) for phrase in words.split(",")])
+                for key, words in re.findall(r"^(\S.*?): ((?:.|\n )+)$", table, re.M)]
+
+    for key, phrases in rows(_FINDINGS) + [(word, []) for word in _PLAIN.split()]:
+        concept, _, home = key.replace(" @", "@").lstrip("~-").partition("@")
+        _HOME[concept] = home
+        if key[0] == "~":
+            _NEEDS_PLACE.add(concept)
+        for phrase in phrases + [tuple(concept.split())] * (key[0] != "-"):
+            _LEXICON[phrase] = ("find", concept)
+    for slot, names in _ANATOMY.items():
+        for name, *others in (group.split("=") for group in names.split()):
+            for word in [name] + others:
+                _LEXICON[tuple(word.split("_"))] = ("place", (slot, name.replace("_", " ")))
+    for kind, phrases in rows(_TRIGGERS):
+        _LEXICON.update((phrase, (kind, "")) for phrase in phrases)
+
+
+_fill_lexicon()
+_WORDS = {word for phrase in _LEXICON for word in phrase}
+_STARTS = collections.defaultdict(list)  # first word -> its phrases, longest first
+for _phrase in sorted(_LEXICON, key=len, reverse=True):
+    _STARTS[_phrase[0]].append(_phrase)
+
+# ------------------------------------------------------------------------------------------------
+# Rules: from a sentence to triplets
+
+Item = collections.namedtuple("Item", "kind value word")
+Place = collections.namedtuple("Place", "side level organs", defaults=("", "", ()))
+
+
+@functools.lru_cache(2 ** 14)
+def _base(word):
+    """The form the tables know: opacities -> opacity, masses -> mass, lobes -> lobe."""
+    if word not in _WORDS:
+        for end, put in (("ies", "y"), ("es", ""), ("s", "")):
+            if word.endswith(end) and word[:-len(end)] + put in _WORDS:
+                return word[:-len(end)] + put
+    return word
+
+
+def _scan(sentence):
+    """A sentence as Items: known phrases, longest first, and unknown words as kind "word"."""
+    text = re.sub(r"(x-)?x{3,}|_{2,}", " ", sentence.lower())  # de-identified spans are no words
+    words = [_base(word) for word in re.findall(r"[a-z]+|[,;:()/]", text)]
+    items, i = [], 0
+    while i < len(words):
+        for phrase in _STARTS.get(words[i], ()):
+            if tuple(words[i:i + len(phrase)]) == phrase:
+                items.append(Item(*_LEXICON[phrase], " ".join(phrase)))
+                i += len(phrase)
+                break
+        else:
+            kind = {";": "split", "/": "join"}.get(words[i], "word")
+            kind = "comma" if words[i] in ",:()" else kind
+            items.append(Item(kind, "", words[i]))
+            i += 1
+    return items
+
+
+def _merge_places(items):
+    """Runs of anatomy words become one item: "base of the left lung" -> Place(left, lower, lung)"""
+    merged, i = [], 0
+    while i < len(items):
+        if items[i].kind != "place":
+            merged.append(items[i])
+            i += 1
+            continue
+        place, end = Place(), i
+        for j in range(i, len(items)):
+            kind, value, word = items[j]
+            if kind == "place":
+                slot, name = value
+                if slot == "organ":
+                    place = place._replace(organs=place.organs + (name,))
+                elif getattr(place, slot) in ("", name):
+                    place = place._replace(**{slot: name})
+                else:
+                    break  # a second side or level opens the next place
+                end = j
+            elif kind not in ("glue", "word") and word not in ("of", "on"):
+                break
+        merged.append(Item("place", place, ""))
+        i = end + 1
+    return merged
+
+
+def _existence(items):
+    """{index of a finding: 1 present, 0 denied, -1 in doubt} within one clause."""
+    values, mode = {}, 1
+    subject = []     # the findings that a later "has resolved" is about
+    closed = False   # their verb has been seen, so "and" opens a new statement
+    joined = False   # a comma or "and" came after the last trigger or finding
+    for i, (kind, value, word) in enumerate(items):
+        if kind == "find":
+            if value in _HEALTHY and mode == 0 and joined:
+                mode = 1    # "no effusion, heart size normal"
+            if value == "normal" and closed and not joined:
+                values[subject[-1]] = 0  # "vascular engorgement is within normal limits"
+            values[i] = mode
+            subject.append(i)
+            closed = joined = False
+        elif kind in ("deny", "doubt", "denied", "doubted"):
+            new = 0 if kind in ("deny", "denied") else -1
+            ahead = any(item.kind == "find" for item in items[i:])
+            if kind in ("denied", "doubted") and subject and not (word == "not" and ahead):
+                values.update((f, new) for f in subject)
+                closed = True
+            else:
+                mode, joined = new, False
+        elif kind == "reset":
+            mode, subject, closed = 1, [], False
+        elif kind == "verb":
+            closed = closed or bool(subject)
+        elif kind in ("comma", "join") or word == "with":
+            joined = True
+            ahead = next((item.word for item in items[i + 1:] if item.word in _FRESH or
+                          item.kind in ("find", "verb", "comma", "join")), "")
+            listed = mode == 0 and any(item.word in ("or", "nor") for item in items[i:])
+            if not listed and (closed and word not in ("or", "with")
+                               or mode == 0 and ahead in _FRESH
+                               or mode == -1 and ahead in ("stable", "unchanged")):
+                mode, subject, closed = 1, [], False
+    return values
+
+
+def _own_places(items, finds):
+    """{finding: [Place]}: what stands right before it, else behind it, else the open subject."""
+    free = {i for i, item in enumerate(items) if item.kind == "place"}
+    own = {f: [] for f in finds}
+    # a concept with a fixed home takes no place away from others, except for the side of the pleura
+    finds = [f for f in finds if not _HOME[items[f].value].endswith("!")
+             or _HOME[items[f].value] == "pleural!"]
+
+    def take(f, found):
+        own[f] += [items[j].value for j in found]
+        free.difference_update(found)
+
+    for f in finds:  # "left basilar and right upper lobe patchy [opacity]"
+        found = []
+        for j in range(f - 1, -1, -1):
+            if j in free:
+                found.insert(0, j)
+            elif items[j].kind not in (("comma", "join") if found else ("word", "glue")):
+                break
+        take(f, found)
+    for f in finds:  # "[opacity] in the left base and lingula"
+        end = next((g for g in own if g > f), len(items))
+        placed = any(_is_somewhere(p._replace(side="")) for p in own[f])
+        if placed and any(p.side for p in own[f]):
+            continue
+        found, link = [], []
+        for j in range(f + 1, end):
+            if j not in free:
+                link.append(items[j].kind)
+                continue
+            listed = "comma" in link or "join" in link
+            if "prep" not in link and (
+                    listed and (end < len(items) or any(item.kind == "verb" for item in items[j:]))
+                    or not listed and "verb" in link):
+                break  # the subject of what comes next
+            if found and not set(link) <= {"comma", "join", "glue", "prep"}:
+                break
+            if placed and (items[j].value[1:] != ("", ()) or "prep" not in link):
+                break  # only a side can still be added: "basilar [opacity] on the left"
+            found.append(j)
+            link = []
+        if placed and found:
+            own[f] = [p._replace(side=items[found[0]].value.side) for p in own[f]]
+            free.difference_update(found)
+        else:
+            take(f, found)
+    last = -1
+    for f in finds:  # "The left lung base shows [opacity]", "Heart and mediastinum are [normal]"
+        if not own[f]:
+            take(f, [j for j in range(last + 1, f) if j in free])
+        last = f
+    return own
+
+
+def _is_somewhere(place):
+    return bool(place.side or place.level or set(place.organs) - _WEAK)
+
+
+def _share_places(items, finds, values, own):
+    """Neighbours in a list share a place: "atelectasis or scar in the left base"."""
+    concept = {f: items[f].value for f in finds}
+
+    def homeless(f):
+        return (not _HOME[concept[f]] and concept[f] not in _NEEDS_PLACE
+                and not any(map(_is_somewhere, own[f])))
+
+    def between(a, b):
+        return {item.kind for item in items[a + 1:b]}, {item.word for item in items[a + 1:b]}
+
+    pairs = list(zip(finds, finds[1:]))
+    for a, b in reversed(pairs):  # "calcified [nodule in the left base]"
+        if homeless(a) and own[b] and not between(a, b)[0] & {"verb", "comma", "prep", "join"}:
+            own[a] = own[b]
+    for a, b in pairs:
+        words, fixed = between(a, b)[1], _HOME[concept[a]].endswith("!")
+        if homeless(b) and own[a] and values[b]:
+            if words & {"adjacent", "associated", "underlying", "compressive", "overlying"}:
+                own[b] = [p._replace(organs=()) for p in own[a]]  # "left effusion, adjacent [...]"
+            elif not fixed:
+                own[b] = own[a]
+        elif (_HOME[concept[b]] == "pleural!" and values[b] and not any(p.side for p in own[b]) and
+              words & {"compatible", "consistent", "combination", "representing", "reflecting"}):
+            own[b] = own[a]  # "left base opacity consistent with [effusion]"
+    for a, b in reversed(pairs):
+        if (homeless(a) and own[b] and values[a] == values[b]
+                and between(a, b)[0] & {"join", "comma"} and not _HOME[concept[b]].endswith("!")):
+            own[a] = own[b]
+
+
+def _complete(places):
+    """Fill what a list leaves out: "left and right lower lobes", "right middle and lower lobes"."""
+    places = list(places)
+    for i in range(len(places) - 2, -1, -1):
+        here, after = places[i], places[i + 1]
+        if not here.organs and (not here.level or set(after.organs) <= {"lobe", "lung"}):
+            places[i] = here._replace(organs=after.organs, level=here.level or after.level)
+    for i in range(1, len(places)):
+        if not places[i].side and places[i].level:
+            places[i] = places[i]._replace(side=places[i - 1].side)
+    if any(p.side or p.level for p in places):  # "interstitial opacity in the left base"
+        places = [p for p in places if _is_somewhere(p)]
+    return places
+
+
+def _landmarks(place, home):
+    """The landmarks of one Place; both sides are also the joint landmark, such as lung_bases."""
+    side, level, organs = place
+    if home.endswith("!"):
+        level, organs = "", (home[:-1],)
+    if level == "lingula":
+        return ["upper_left_lobe"]
+    if level in ("bases", "apices"):
+        side, level = side or "both", {"bases": "lower", "apices": "apical"}[level]
+    if level or side and organs != ("retrocardiac",):
+        organs = tuple(organ for organ in organs if organ not in _WEAK)
+    if not organs:
+        organs = (home,) if home and not level else ("lung",)
+    if level == "mid" and side != "right":  # only the right lung has a middle lobe
+        organs = tuple("lung" if organ == "lobe" else organ for organ in organs)
+    words = organs + (level,) * bool(level)
+    names = [landmark("|".join(words + (one,))) for one in
+             {"": [], "both": ["left", "right"]}.get(side, [side])]
+    if side in ("", "both"):
+        joint = {"apical": "biapical", "upper": "lungs|upper"}.get(level, "")
+        joint = landmark(joint if joint and "lung" in organs else "|".join(words))
+        names = [joint] if joint == "hilar_unspec" else names + [joint]
+    return [name for name in names if name != "other"] or ["other"]
+
+
+def _read_clause(items):
+    finds = [i for i, item in enumerate(items) if item.kind == "find"]
+    values = _existence(items)
+    own = _own_places(items, finds)
+    _share_places(items, finds, values, own)
+    for f, after in zip(finds, finds[1:] + [None]):
+        concept, home, value = items[f].value, _HOME[items[f].value], values[f]
+        link = {item.kind for item in items[f + 1:after]} if after else {"comma"}
+        if not link & {"comma", "verb", "prep"}:
+            # an adjective of another finding is none itself, as RadGraph's `modify` has it
+            noun = items[after].value
+            if concept in _NEEDS_PLACE and noun not in _NEEDS_PLACE and "join" not in link:
+                continue
+            if (concept, noun) == ("calcification", "granuloma") or (
+                    concept == "nodule" and noun in ("opacity", "density", "infiltrate")):
+                continue
+        if not own[f] and not (concept in _NEEDS_PLACE and (concept, value) != ("finding", 0)):
+            yield concept, landmark(home.rstrip("!")) if home else "unspecified", value
+            if (concept, home, value) in _IMPLIED:
+                yield _IMPLIED[concept, home, value]
+        for place in _complete(own[f]):
+            for name in _landmarks(place, home):
+                yield concept, name, value
+            for organ in place.organs:
+                if (concept, organ, value) in _IMPLIED and "artery" not in place.organs:
+                    yield _IMPLIED[concept, organ, value]
+
+
+@functools.lru_cache(2 ** 16)  # reports repeat themselves: "No pneumothorax." is read once
+def _read_sentence(sentence):
+    """((concept, landmark, existence), ...) of one sentence."""
+    triplets, clause = [], []
+    for item in _merge_places(_scan(sentence)) + [Item("split", "", "")]:
+        if item.kind != "split":
+            clause.append(item)
+        else:
+            triplets += _read_clause(clause)
+            clause = []
+    return tuple(dict.fromkeys(triplets))
+
+
+def _bucket(concept):
+    if concept in PATHOLOGIES:
+        return concept
+    return "excluded_obs" if concept in _EXCLUDED else "tail_abnorm_obs"
 
 
 def extract_triplets(report, buckets=True):
-    """Triplets of one report by rules: present 1, denied 0; each with the sentence it came from."""
+    """[Triplet] of one report by rules: findings and impression, or the last paragraph.
+
+    existence is 1 present, 0 denied, -1 in doubt ("may represent"). With buckets, a concept outside
+    PATHOLOGIES is tail_abnorm_obs; without, it keeps its own name ("granuloma").
+    """
+    return [Triplet(_bucket(name) if buckets else name, anatomy, existence, sentence)
+            for sentence in sentences(report)
+            for name, anatomy, existence in _read_sentence(sentence)]
+
+
+# ------------------------------------------------------------------------------------------------
+# RadGraph: from its JSON to the same triplets
+
+_EXCLUDED = set("""none unchanged change great similar large small moderate mild median decrease bad
+more constant worsen new improve status position sternotomy cabg replacement postoperative
+assessment patient""".split())
+_LEMMAS = {word: lemma for lemma, *words in (re.split("[:,] ?", line) for line in """\
+enlarge: enlargement, increase
+engorgement: engorge
+opacity: opacification, opacity-
+calcification: calcify
+effusion: effusion ;
+atelectasis: atelectatic, atelectasis ;, atelectase
+aerate: aeration
+distention: distend, distension
+widen: wide
+prominence: prominent
+haziness: haze
+mass: masse
+kyphosis: kyphotic
+degenerative: degenerate
+obscure: obscuration
+fibrosis: fibrotic
+nodule: nodular, nodularity
+ventilation: ventilate
+tortuous: tortuosity
+elongation: elongate
+elevation: elevate
+drainage: drain
+deviation: deviate
+consolidation: consolidative, consolidate
+dilation: dilate, dilatation
+pneumothorax: hydropneumothorax, pneumothoraces, pneumothorace
+improve: improvement
+pacemaker: pacer
+pneumonia: infection, infectious, infectious process""".split("\n")) for word in words}
+_RADGRAPH_LABELS = {  # of RadGraph 1.0 and of RadGraph-XL; other anatomy labels are dropped
+    "ANAT-DP": "place", "OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1,
+    "Anatomy::definitely present": "place", "Observation::definitely present": 1,
+    "Observation::definitely absent": 0, "Observation::uncertain": -1}
+
+
+@functools.lru_cache(2 ** 14)
+def lemma(token):
+    """Concept of a RadGraph observation token: "opacities" -> opacity, "increased" -> enlarge.
+
+    The published step took spaCy's lemmas; here an ending comes off when a known word remains.
+    """
+    token = token.lower()
+    for end, put in (("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""),
+                     ("d", ""), ("ing", ""), ("ring", "")):
+        if token.endswith(end):
+            word = token[:len(token) - len(end)] + put
+            if word in _LEMMAS or word in PATHOLOGIES or word in _EXCLUDED:
+                return _LEMMAS.get(word, word)
+    return token
+
+
+def radgraph_triplets(graph, buckets=True):
+    """[Triplet] of one report's RadGraph JSON (1.0 or XL; with two annotators the first is read).
+
+    An observation is placed at the anatomies of its own sentence that it is located_at; without
+    any relation it is `unspecified`; with other relations only it is dropped, as published. OBS-U
+    has existence -1. Without buckets rare concepts keep their lemma, and words of change and size
+    (excluded_obs) are left out.
+    """
+    entities = graph["entities"] if "entities" in graph else graph["labeler_1"]["entities"]
+    kinds = {key: _RADGRAPH_LABELS.get(entity["label"].replace("::measurement", ""))
+             for key, entity in entities.items()}
+    words = graph["text"].split()
+    ends = [i for i, word in enumerate(words) if word in (".", "?", "!") and not
+            (words[i - 1].isdigit() and words[i + 1:] and words[i + 1].isdigit())]  # 2 . 5 cm
+    keys = sorted((key for key in entities if kinds[key] is not None), key=int)
+    sentence = {key: bisect.bisect_left(ends, entities[key]["start_ix"]) for key in keys}
+    relations = {key: [(name, target) for name, target in entities[key]["relations"]
+                       if kinds.get(target) is not None] for key in keys}
+
+    def token(key):
+        text = entities[key]["tokens"].lower()
+        # XL's spans hold several words; the rules want them apart unless they name a landmark
+        xl = "::" in entities[key]["label"] and landmark(text) == "other"
+        return text.replace(" ", "|") if xl else text
+
+    landmarks = collections.defaultdict(list)  # (sentence, anatomy or its modifier) -> landmarks
+    for key in keys:
+        if kinds[key] == "place" and not relations[key]:
+            parts = [key] + [k for k in keys if kinds[k] == "place" and sentence[k] == sentence[key]
+                             and key in [target for _, target in relations[k]]]
+            name = landmark("|".join(token(k) for k in parts))
+            for k in parts:
+                landmarks[sentence[key], k].append(name)
     triplets = []
-    for sentence in re.split(r"(?<=[.;])\s+|\n\s*\n", " ".join(report.split())):
-        clause = sentence.lower()
-        denied_from = min((m.start() for m in re.finditer(r"\b(no|without|negative for)\b", clause)),
-                          default=len(clause))
-        if re.search(r"heart(?: size)? (?:is |remains )?(?:within )?normal|normal heart", clause):
-            triplets += [Triplet("normal", "heart_size", 1, sentence),
-                         Triplet("cardiomegaly", "heart_size", 0, sentence)]
-        for pattern, name, place in _SIMPLE:
-            for match in pattern.finditer(clause):
-                existence = 0 if match.start() > denied_from else 1
-                triplets.append(Triplet(name, _simple_place(clause, place), existence, sentence))
-    return list(dict.fromkeys(triplets))
+    for key in keys:
+        concept = lemma(entities[key]["tokens"])
+        if kinds[key] == "place" or not buckets and concept in _EXCLUDED:
+            continue
+        s = sentence[key]
+        names = [name for relation, target in relations[key] if relation == "located_at"
+                 for name in landmarks[s, target]] if relations[key] else ["unspecified"]
+        said = " ".join(words[ends[s - 1] + 1 if s else 0:ends[s] + 1 if s < len(ends) else None])
+        triplets += [Triplet(_bucket(concept) if buckets else concept, name, kinds[key], said)
+                     for name in names]
+    return triplets
+
+
+def read_radgraph(path, chunk=1 << 22):
+    """Yield (key, graph) of a RadGraph file, one report at a time.
+
+    MIMIC-CXR_graphs.json is one object of 220,763 reports; read in pieces of `chunk` characters, it
+    is never in memory as a whole. Raises InputError when the file is missing, cut off or no JSON.
+    """
+    decoder, opening = json.JSONDecoder(), re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*')
+    try:
+        with open(path, encoding="utf-8") as file:
+            text, at = file.read(chunk), 0
+            while True:
+                try:
+                    key = opening.match(text, at)
+                    graph, at = decoder.raw_decode(text, key.end())
+                    yield json.loads(key[1]), graph
+                except (AttributeError, ValueError):  # the piece ends inside a report, or no JSON
+                    more = file.read(chunk)
+                    text, at = text[at:] + more, 0
+                    if not more:
+                        break
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the RadGraph file {path}: {error}") from None
+    if text.strip() not in ("}", "{}"):
+        raise InputError(f"{path} is not RadGraph's JSON, or is cut off near {text[:40]!r}")
+
+
+def annotate(reports):
+    """RadGraph-XL graphs of a list of reports, by the optional `radgraph` package."""
+    try:
+        from radgraph import RadGraph
+    except ImportError:
+        raise InputError("--extractor radgraph needs the radgraph package (pip install radgraph); "
+                         "--extractor rules needs nothing") from None
+    graphs = RadGraph(model_type="radgraph-xl")(["\n".join(sentences(r)) for r in reports])
+    return [graphs[str(i)] for i in range(len(reports))]
 
 
 # ------------------------------------------------------------------------------------------------
 # Triplets to matrices and query sets
 
-def existence_matrix(triplets, pathologies, anatomies):
+def existence_matrix(triplets, pathologies, anatomies, uncertain=-1):
     """int8 [n,m]: 1 present, 0 denied, -1 not mentioned; 1 outranks 0 outranks -1 in any order.
 
-    A name outside the lists goes to tail_abnorm_obs / other where the lists have them; else the
-    triplet is dropped.
+    `uncertain` is the value of triplets in doubt. A name outside the lists goes to
+    tail_abnorm_obs / other where the lists have them; else the triplet is dropped.
     """
     columns = {name: i for i, name in enumerate(pathologies)}
     rows = {name: i for i, name in enumerate(anatomies)}
@@ -238,7 +907,8 @@ def existence_matrix(triplets, pathologies, anatomies):
         row = rows.get(anatomy, rows.get("other"))
         column = columns.get(pathology, columns.get("tail_abnorm_obs"))
         if row is not None and column is not None:
-            matrix[row, column] = max(matrix[row, column], existence)
+            value = uncertain if existence < 0 else existence
+            matrix[row, column] = max(matrix[row, column], value)
     return matrix
 
 
@@ -247,12 +917,11 @@ def top_queries(triplets, m, n):
 
     Ties go to the name that comes first in the alphabet, so the order of reports does not matter.
     """
-    definite = [t for t in triplets if t[2] >= 0]
-
     def most(position, k):
-        counts = collections.Counter(t[position] for t in definite)
+        counts = collections.Counter(t[position] for t in triplets if t[2] >= 0)
         return sorted(counts, key=lambda name: (-counts[name], name))[:k]
 
+    triplets = list(triplets)
     return most(0, m), most(1, n)
 
 
@@ -266,19 +935,19 @@ def read_pathology_book(path):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            sentences = list(json.load(file).values())
+            sentences_ = list(json.load(file).values())
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a readable prompt book ({error}); it should be a JSON "
                          "object of 75 name: sentence pairs") from None
-    if len(sentences) != len(PATHOLOGIES) or not all(isinstance(s, str) for s in sentences):
-        raise InputError(f"{path} holds {len(sentences)} entries; the prompt book should hold "
+    if len(sentences_) != len(PATHOLOGIES) or not all(isinstance(s, str) for s in sentences_):
+        raise InputError(f"{path} holds {len(sentences_)} entries; the prompt book should hold "
                          f"{len(PATHOLOGIES)} sentences, one a pathology in the published order")
-    return dict(zip(PATHOLOGIES, sentences))
+    return dict(zip(PATHOLOGIES, sentences_))
 
 
 def pathology_prompts(names, book=None):
-    """One sentence a name: from `book` (default DEFINITIONS), else from a template, with a warning
-    that lists the names without a definition."""
+    """One sentence a name from `book` (default DEFINITIONS); names without one get a template, and
+    a warning lists them."""
     book = DEFINITIONS if book is None else book
     unknown = [name for name in names if name not in book]
     if unknown:
@@ -288,28 +957,25 @@ def pathology_prompts(names, book=None):
 
 
 _PLACES = {"hilar": "hilum", "pleural": "pleural space", "costophrenic": "costophrenic angle",
-           "svc": "superior vena cava", "mediastinal": "mediastinum", "apical lung": "top of the lung",
-           "parenchymal": "lung tissue", "cardiopulmonary": "heart and lungs",
-           "pulmonary": "vessels of the lungs", "lung volumes": "both lungs",
-           "unspecified": "place that is not stated", "other": "place without a name here"}
+           "svc": "superior vena cava", "mediastinal": "mediastinum", "heart size": "heart",
+           "apical lung": "apical lung at the top", "parenchymal": "tissue of the lung",
+           "pulmonary": "vessels of the lungs", "cardiopulmonary": "heart and lungs",
+           "retrocardiac": "lung behind the heart", "interstitium": "interstitium of the lung",
+           "lung volumes": "lungs on both sides", "unspecified": "chest, at no stated place",
+           "other": "chest, at another place"}
 
 
 def anatomy_prompts(names, published=False):
-    """One sentence a place. published=True keeps the released wording for the released weights."""
+    """One sentence a place. published=True is the released wording, for the released weights."""
     if published:
         return [f"It is located at {name}. " for name in names]
     prompts = []
     for name in names:
-        words = name.replace("_unspec", "").replace("_", " ")
-        side = re.match(r"(left|right) ", words)
-        place = words[side.end():] if side else words
-        place = _PLACES.get(place, place)
-        prompts.append(f"It is located at the {side[0] if side else ''}{place}"
-                       f"{', side not stated' if name in _UNSIDED else ''}.")
+        side, words = re.fullmatch("(left |right |)(.*)", name.replace("_", " ")).groups()
+        place = words.removesuffix(" unspec")
+        prompts.append(f"It is located at the {side}{_PLACES.get(place, place)}"
+                       f"{', side not stated' if not side and place != words else ''}.")
     return prompts
-
-
-_UNSIDED = {"hilar_unspec", "pleural_unspec", "diaphragm_unspec", "costophrenic_unspec"}
 
 
 def encode_text(prompts, encoder, cache_dir=None):
@@ -320,14 +986,13 @@ def encode_text(prompts, encoder, cache_dir=None):
     there in a file keyed by encoder and prompts. Raises InputError when the encoder cannot load.
     """
     import torch
-    prompts = list(prompts)
-    path = None
+    prompts, path = list(prompts), None
     if cache_dir is not None:
         # a folder can be filled anew under the same name, so its files' sizes and times count
         files = sorted(os.scandir(encoder), key=lambda f: f.name) if os.path.isdir(encoder) else []
         state = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
-        key = json.dumps([encoder, state, prompts])
-        path = os.path.join(cache_dir, f"text-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy")
+        key = hashlib.sha256(json.dumps([str(encoder), state, prompts]).encode()).hexdigest()
+        path = os.path.join(cache_dir, f"text-{key[:16]}.npy")
         if os.path.exists(path):
             return torch.from_numpy(np.load(path, allow_pickle=False))
     if encoder == "hashing":
@@ -335,7 +1000,7 @@ def encode_text(prompts, encoder, cache_dir=None):
         hasher = HashingVectorizer(n_features=768, ngram_range=(1, 2), norm="l2")
         vectors = hasher.transform(prompts).toarray().astype(np.float32)  # [k,768]
     else:
-        vectors = _bert_vectors(prompts, encoder)
+        vectors = _bert_vectors(prompts, str(encoder))
     if path is not None:
         os.makedirs(cache_dir, exist_ok=True)
         with open(f"{path}.{os.getpid()}", "wb") as file:
@@ -352,12 +1017,22 @@ def _bert_vectors(prompts, encoder, batch=32):
         raise InputError(f"--text-encoder {encoder} needs the transformers package (pip install "
                          "transformers); --text-encoder hashing needs nothing") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder)
-        model = AutoModel.from_pretrained(encoder).eval()
-    except Exception as error:  # offline, unknown name, broken folder: each its own exception class
-        reason = str(error).strip().split("\n")[0][:120]
-        raise InputError(f"text encoder {encoder!r} cannot be loaded ({reason}); give the folder of "
-                         "a downloaded model, or --text-encoder hashing, which needs none") from None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(encoder, local_files_only=True)
+            model = AutoModel.from_pretrained(encoder, local_files_only=True)
+        except OSError:
+            if os.path.isdir(encoder):
+                raise
+            # one question first: from_pretrained repeats itself for a minute without network
+            from huggingface_hub import model_info
+            model_info(encoder, timeout=10)
+            tokenizer = AutoTokenizer.from_pretrained(encoder)
+            model = AutoModel.from_pretrained(encoder)
+    except Exception as error:  # offline, unknown name, broken folder: each has its own class
+        reason = " ".join(str(error).split())[:100]
+        raise InputError(f"text encoder {encoder!r} cannot be loaded ({reason}); give the folder "
+                         "of a downloaded model, or --text-encoder hashing, which needs none"
+                         ) from None
     limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     cut = sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
     if cut:
@@ -368,22 +1043,168 @@ def _bert_vectors(prompts, encoder, batch=32):
             tokens = tokenizer(prompts[start:start + batch], padding=True, truncation=True,
                                max_length=limit, return_tensors="pt")
             # the attention mask keeps padding out, so a vector does not depend on its neighbours
-            vectors.append(model(**tokens).last_hidden_state[:, 0].float())  # CLS [b,T]
+            vectors.append(model.eval()(**tokens).last_hidden_state[:, 0].float())  # CLS [b,T]
     return torch.cat(vectors).numpy()
+
+
+# ------------------------------------------------------------------------------------------------
+# Open-i: reports with human index terms, and the rules scored against them
+
+# finding: its headings among the index terms. The indexers leave out what is only suspected.
+_OPENI = {
+    "cardiomegaly": ["Cardiomegaly"], "effusion": ["Pleural Effusion"],
+    "atelectasis": ["Pulmonary Atelectasis"], "opacity": ["Opacity"], "pneumonia": ["Pneumonia"],
+    "nodule": ["Nodule"], "mass": ["Mass"], "calcification": ["Calcinosis"],
+    "congestion": ["Pulmonary Congestion"], "edema": ["Pulmonary Edema"],
+    "consolidation": ["Consolidation"], "infiltrate": ["Infiltrate"], "scar": ["Cicatrix"],
+    "emphysema": ["Emphysema", "Pulmonary Emphysema", "Bullous Emphysema"],
+    "pneumothorax": ["Pneumothorax", "Hydropneumothorax"], "fracture": ["Fractures, Bone"],
+    "hernia": ["Hernia, Hiatal"]}
+_SIDELESS = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
+
+
+def read_openi_xml(source):
+    """One Open-i report: {"id", "report", "images" [file stems], "terms" [index terms]}.
+
+    source: bytes or a binary file. Raises InputError when it is not such an XML file.
+    """
+    import xml.etree.ElementTree as ET
+    try:
+        root = ET.fromstring(source if isinstance(source, bytes) else source.read())
+    except ET.ParseError as error:
+        raise InputError(f"not an Open-i report: {error}") from None
+    parts = [(e.get("Label", ""), html.unescape(e.text or "")) for e in root.iter("AbstractText")]
+    return {"id": next((e.get("id") for e in root.iter("uId")), ""),
+            "report": "\n\n".join(f"{label}: {said}" for label, said in parts if said.strip()),
+            "images": [e.get("id", "") for e in root.iter("parentImage")],
+            "terms": [(e.text or "").strip() for e in root.iter("major")]}
+
+
+def read_openi(root):
+    """Yield the reports under root: ecgen-radiology/*.xml, or NLMCXR_reports*.tgz as it came."""
+    names = sorted(glob.glob("ecgen-radiology/*.xml", root_dir=root) or
+                   glob.glob("*.xml", root_dir=root))
+    archives = sorted(glob.glob("NLMCXR_reports*.tgz", root_dir=root))
+    if not names and not archives:
+        raise InputError(f"no ecgen-radiology/*.xml and no NLMCXR_reports*.tgz in {root}; get the "
+                         "reports at https://openi.nlm.nih.gov/faq")
+    for name in names:
+        with open(os.path.join(root, name), "rb") as file:
+            yield read_openi_xml(file)
+    for archive in archives if not names else []:
+        with tarfile.open(os.path.join(root, archive)) as tar:
+            yield from (read_openi_xml(tar.extractfile(m)) for m in tar if m.name.endswith(".xml"))
+
+
+def _sides(names):
+    """The sides that index terms or landmarks name; the joint landmarks are on both."""
+    text = " ".join(names)
+    both = re.search(r"bilateral|lung_bases|lung_apices", text)
+    return {s for s in ("left", "right") if both or s in text or s == "left" and "lingula" in text}
+
+
+def score_openi(records):
+    """Rules against index terms: ({finding: [tp, fp, fn]}, [sides right, sides compared], errors).
+
+    errors are (finding, kind, report id, sentence). A side is compared where both agree on the
+    finding, the term names a side, and the place has sides in the vocabulary (a rib has none).
+    """
+    counts, sides, errors = {name: [0, 0, 0] for name in _OPENI}, [0, 0], []
+    for record in records:
+        triplets = extract_triplets(record["report"])
+        for name, headings in _OPENI.items():
+            terms = [t for t in record["terms"] if t.split("/")[0].strip() in headings]
+            said = [t for t in triplets if t.pathology == name]
+            found = [t for t in said if t.existence == 1]
+            kind, example = "", ([t.sentence for t in found + said] + terms + [""])[0]
+            if terms and found:
+                counts[name][0] += 1
+                places = {t.anatomy for t in found}
+                want, got = _sides(terms), _sides(places)
+                if want and places - _SIDELESS:
+                    sides[0] += want == got
+                    sides[1] += 1
+                    if want != got:
+                        kind = "another side than indexed" if got else "side indexed, none read"
+            elif found:
+                counts[name][1] += 1
+                kind = "asserted, not indexed"
+            elif terms:
+                counts[name][2] += 1
+                kind = ("indexed, text in doubt" if any(t.existence < 0 for t in said) else
+                        "indexed, text denies" if said else "indexed, not recognised")
+            if kind:
+                errors.append((name, kind, record["id"], example))
+    return counts, sides, errors
+
+
+def _print_openi_scores(records):
+    counts, sides, errors = score_openi(records)
+    print(f"\n{'finding':14s} {'P':>5s} {'R':>5s} {'F1':>5s} {'indexed':>8s}")
+    total = 0
+    for name, (tp, fp, fn) in counts.items():
+        f1 = 2 * tp / max(1, 2 * tp + fp + fn)
+        total += f1
+        print(f"{name:14s} {tp / max(1, tp + fp):5.2f} {tp / max(1, tp + fn):5.2f} {f1:5.2f} "
+              f"{tp + fn:8d}")
+    print(f"macro F1 {total / len(counts):.3f} over {len(counts)} findings; side exactly right in "
+          f"{sides[0] / max(1, sides[1]):.3f} of {sides[1]}\ncommonest remaining errors:")
+    for (name, kind), n in collections.Counter(e[:2] for e in errors).most_common(5):
+        uid, said = next(e[2:] for e in errors if e[:2] == (name, kind))
+        print(f"  {n:3d}  {name}: {kind}, e.g. {uid} {said[:60]!r}")
 
 
 # ------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = Parser(prog="text.py", description="triplets of a report")
-    parser.add_argument("--report", required=True, help="a text file, or - for standard input")
+    parser = Parser(prog="text.py", description="Triplets of reports, by rules or RadGraph.")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--report", help="print the triplets of this text file; - is standard input")
+    what.add_argument("--radgraph", metavar="FILE", help="frequencies in a RadGraph JSON file")
+    what.add_argument("--dataset", choices=["openi"], help="frequencies, and index-term scores")
+    parser.add_argument("--root", default="data/openi", help="folder of --dataset")
+    parser.add_argument("--extractor", choices=["rules", "radgraph"], default="rules",
+                        help="for --report: our rules, or the radgraph package if installed")
+    parser.add_argument("--top", type=int, default=20, help="rows of the frequency tables")
     return parser.parse_args(argv)
 
 
+def print_report(args):
+    try:
+        report = sys.stdin.read() if args.report == "-" else open(
+            args.report, encoding="utf-8", errors="replace").read()
+    except OSError as error:
+        raise InputError(f"cannot read {args.report}: {error.strerror}") from None
+    if not sentences(report):
+        raise InputError(f"{args.report} has no findings, no impression and no closing paragraph; "
+                         "plain sentences without any header are read too")
+    triplets = (extract_triplets(report, buckets=False) if args.extractor == "rules" else
+                radgraph_triplets(annotate([report])[0], buckets=False))
+    print(f"{'':9s} {'pathology':18s} {'anatomy':20s} sentence")
+    for pathology, anatomy, existence, sentence in triplets:
+        state = {1: "present", 0: "denied", -1: "in doubt"}[existence]
+        print(f"{state:9s} {pathology:18s} {anatomy:20s} {sentence}")
+
+
 def main(args):
-    report = sys.stdin.read() if args.report == "-" else open(args.report, errors="replace").read()
-    for t in extract_triplets(report):
-        print(f"{t.existence:2d}  {t.pathology:16s} {t.anatomy:20s} {t.sentence}")
+    if args.report:
+        return print_report(args)
+    from tqdm import tqdm
+    records = list(read_openi(args.root)) if args.dataset else []
+    found = ((radgraph_triplets(graph, buckets=False) for _, graph in read_radgraph(args.radgraph))
+             if args.radgraph else (extract_triplets(r["report"], buckets=False) for r in records))
+    reports, counts = 0, collections.Counter()
+    for triplets in tqdm(found, unit=" reports", mininterval=0.5):
+        reports += 1
+        counts.update({(axis, t[axis], t.existence) for t in triplets for axis in (0, 1)})
+    for axis, title in enumerate(("pathology", "anatomy")):
+        names = sorted({name for a, name, _ in counts if a == axis},
+                       key=lambda name: (-counts[axis, name, 1] - counts[axis, name, 0], name))
+        print(f"\n{title:18s} {'present':>8s} {'denied':>8s} {'in doubt':>8s}  of {reports} reports")
+        for name in names[:args.top]:
+            print(f"{name:18s} " + " ".join(f"{counts[axis, name, v]:8d}" for v in (1, 0, -1)))
+    if args.dataset == "openi":
+        _print_openi_scores(records)
 
 
 if __name__ == "__main__":
