@@ -512,14 +512,14 @@ def write_report(rng, cells):
                                f"{rng.choice(['pneumonia', 'effusion', 'pneumothorax', 'acute process'])}.")]
     if rng.uniform() < 0.5:
         sections.append(("COMPARISON", str(rng.choice(["None.", "Chest radiograph from ___."]))))
-    style = rng.uniform()
-    if style < 0.15 and not impression:
-        sections.append(("FINDINGS", " ".join(seen)))
+    seen, impression = " ".join(seen), " ".join(impression)
+    style = rng.uniform()                             # the findings section alone, the other, both
+    if style < 0.15 and seen:
+        sections.append(("FINDINGS", seen))
     elif style < 0.35:
-        sections.append(("IMPRESSION", " ".join(seen + impression[:0]) or impression[0]))
+        sections.append(("IMPRESSION", seen or impression or "Comparison with prior films."))
     else:
-        sections += [("FINDINGS", " ".join(seen) or "As below."),
-                     ("IMPRESSION", " ".join(impression) or "As above.")]
+        sections += [("FINDINGS", seen or "Single frontal view."), ("IMPRESSION", impression or "As above.")]
     return lay_out(sections), mentions
 
 
