@@ -19,11 +19,12 @@ Differs from the released code:
 - ICL has the paper's projections Z1; released: the plain dot product of the queried embeddings
   (`icl="dot"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
+- Linear layers start as PyTorch starts them; released: N(0, 0.02). See also `start_from`.
 """
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ class MeDSLIPOutput:
     anatomy_queried: torch.Tensor | None       # [B,n,D]    I_q^a
     pathology_z: torch.Tensor                  # [B,m,T]    Z_2^p, lives with the text vectors
     anatomy_z: torch.Tensor | None             # [B,n,T]    Z_2^a
-    relation_logits: torch.Tensor              # [B,n,m]    sigmoid = probability of the pair
+    relation_logits: torch.Tensor              # [B,n,m]    sigmoid = probability of the pair; with
+                                               #            one stream a score of the place
     pathology_tokens: torch.Tensor             # [B,h*w,D]
     anatomy_tokens: torch.Tensor | None        # [B,h*w,D]
     pathology_attention: torch.Tensor | None = None  # [B,m,h,w] mean over heads and layers
@@ -176,7 +178,7 @@ class Stream(nn.Module):
         self.to_z1 = nn.Linear(dim, dim) if has_z1 else None  # Z_1: ICL
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, queries, grid, need_attention):  # x [B,h*w,C], queries [q,D]
+    def forward(self, x, queries, need_attention):  # x [B,h*w,C], queries [q,D]
         tokens = self.embed(x)                                                  # [B,h*w,D]
         queried, maps = queries.expand(len(x), -1, -1), []                      # [B,q,D]
         for layer in self.layers:
@@ -239,23 +241,21 @@ class MeDSLIP(nn.Module):
         pathology_queries = self.text_projection(pathology_text)                # [m,D] T^p
         if self.config.streams == "single":
             tokens, queried, logits, z2, maps = self.pathology(
-                x, pathology_queries, grid, need_attention)
+                x, pathology_queries, need_attention)
             # MedKLIP's way to ask for the place: z . T^a
             relation = torch.einsum("nt,bmt->bnm", anatomy_text.to(z2.dtype), z2)  # [B,n,m]
             return MeDSLIPOutput(logits, None, queried, None, z2, None, relation, tokens, None,
-                                 mean_map(maps, grid) if need_attention else None)
+                                 mean_map(maps, grid))
         mask = self.mask(x)
         if self.config.mask == "sigmoid":
             mask = mask.sigmoid()                                               # M in 0..1
         p_tokens, p_queried, p_logits, p_z2, p_maps = self.pathology(  # Eq. 1: I^p = M * I^raw
-            mask * x, pathology_queries, grid, need_attention)
+            mask * x, pathology_queries, need_attention)
         a_tokens, a_queried, a_logits, a_z2, a_maps = self.anatomy(    # Eq. 1: I^a = (1-M) * I^raw
-            (1 - mask) * x, self.text_projection(anatomy_text), grid, need_attention)
+            (1 - mask) * x, self.text_projection(anatomy_text), need_attention)
         return MeDSLIPOutput(
             p_logits, a_logits, p_queried, a_queried, p_z2, a_z2, self.relate(p_queried, a_queried),
-            p_tokens, a_tokens,
-            mean_map(p_maps, grid) if need_attention else None,
-            mean_map(a_maps, grid) if need_attention else None)
+            p_tokens, a_tokens, mean_map(p_maps, grid), mean_map(a_maps, grid))
 
     def relate(self, pathology_queried, anatomy_queried):
         """[B,m,D], [B,n,D] -> relation logits [B,n,m]: does pathology j exist at anatomy i?"""
@@ -315,8 +315,8 @@ class MeDSLIP(nn.Module):
 
 
 def mean_map(maps, grid):
-    """layers x [B,heads,q,h*w] -> [B,q,h,w], averaged over layers and heads."""
-    return torch.stack(maps).mean(dim=(0, 2)).unflatten(-1, grid)
+    """layers x [B,heads,q,h*w] -> [B,q,h,w], mean of layers and heads; None stays None."""
+    return None if maps[0] is None else torch.stack(maps).mean(dim=(0, 2)).unflatten(-1, grid)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
