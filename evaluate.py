@@ -494,8 +494,9 @@ def anatomy(args, model, table, rows):
     return blocks["anatomies"] | {"truth": pair_labels(table, rows[:1], names)[1]}, arrays, draw
 
 
-def labels_shown(table, i, labels):
-    return sorted({box[0] for box in table.boxes[i]} & set(labels))
+def located(table, i):
+    """The labels that boxes or masks locate in image i."""
+    return sorted({mark[0] for mark in (*table.boxes[i], *table._masks.get(int(i), ()))})
 
 
 def mask_of(table, i, label, target):
@@ -524,7 +525,7 @@ def fixed_answers(table, rows, labels, target, size=64, most=3000):
     """
     masks = {label: [] for label in labels}
     for i in rows[:most]:
-        for label in labels_shown(table, i, labels):
+        for label in located(table, i):
             masks[label].append(shrink(mask_of(table, i, label, target), size))
     answers = {}
     for label, some in masks.items():
@@ -547,7 +548,7 @@ def locate(args, model, table, rows, texts, columns, thresholds):
     for chunk, _, maps in predict(model, table, rows, texts, attention=args.attention,
                                   **options(args)):
         for i, attention in zip(chunk, maps):
-            for label in labels_shown(table, i, columns):
+            for label in located(table, i):
                 mask = mask_of(table, i, label, args.target)
                 if mask.any():
                     heat = heat_of(model, attention[columns[label]], mask.shape, args.image_size)
@@ -557,15 +558,16 @@ def locate(args, model, table, rows, texts, columns, thresholds):
 def grounding(args, model, table, rows):
     """Where is it? Maps of the present findings against masks or boxes (Table IV, Fig. 7)."""
     vocabulary = dict(zip(table.label_names, table.label_pathologies))
-    labels = {box[0]: vocabulary.get(box[0], box[0]) for i in rows for box in table.boxes[i]}
-    if not labels:
+    splits = {"train": table.rows("train"), "validate": validation_rows(args, table),
+              args.split: rows}
+    splits = {split: np.array([i for i in some if located(table, i)], int)
+              for split, some in splits.items()}
+    labels = {name: vocabulary.get(name, name)
+              for some in splits.values() for i in some for name in located(table, i)}
+    if not len(splits[args.split]):
         raise InputError(f"{table.dataset} has no boxes or masks in its {args.split} split; "
                          "grounding takes synthetic, rsna, nih or siim")
     texts, columns, unseen = queries_for(model, labels, args)
-    splits = {"train": table.rows("train"), "validate": validation_rows(args, table),
-              args.split: rows}
-    splits = {split: np.array([i for i in some if labels_shown(table, i, labels)], int)
-              for split, some in splits.items()}
     threshold, source = args.threshold, "--threshold"
     if threshold is None:
         source = "validate" if len(splits["validate"]) else args.split
@@ -761,7 +763,7 @@ def predict_files(args, model):
 
 # -------------------------------------------------------------------------------------- figures
 
-BLUE, ORANGE, GRAY = "#2b6cb0", "#dd6b20", "#b8c2cc"
+BLUE, RED, GRAY = "#2b6cb0", "#c53030", "#b8c2cc"
 
 
 def canvas(rows, columns, width, height):
@@ -803,7 +805,7 @@ def draw_classes(path, per_class, arrays):
 
 def draw_map(axis, picture, heat):
     axis.imshow(picture, cmap="gray", extent=(-0.5, heat.shape[1] - 0.5, heat.shape[0] - 0.5, -0.5))
-    axis.imshow(heat, cmap="inferno", alpha=0.6 * np.clip(heat, 0, 1), vmin=0, vmax=1)
+    axis.imshow(heat, cmap="autumn", alpha=0.6 * np.clip(heat, 0, 1), vmin=0, vmax=1)
     axis.axis("off")
 
 
@@ -816,7 +818,7 @@ def draw_heat(path, table, examples, threshold, args):
         axis.axis("off")
     for axis, (i, label, mask, heat, dice) in zip(axes.flat, examples):
         draw_map(axis, table.images[i], heat)
-        axis.contour(heat, [threshold], colors="yellow", linewidths=0.8)
+        axis.contour(heat, [threshold], colors="yellow", linewidths=1)
         axis.contour(mask, [0.5], colors="cyan", linewidths=1.2)
         y, x = np.unravel_index(heat.argmax(), heat.shape)
         axis.plot(x, y, "x", color="lime" if mask[y, x] else "red", markersize=8)
@@ -857,21 +859,25 @@ def draw_embedding(path, layout):
     """Embeddings by disease (Fig. 6), streams (Fig. 8), and each disease's own picture (Fig. 5)."""
     import matplotlib
     each, names = [key for key in layout if key.startswith("each ")], layout["names"]
-    figure, axes = canvas(1 + -(-len(each) // 6), 6, 15, 2.6 * (1 + -(-len(each) // 6)))
+    figure, axes = canvas(2 + -(-len(each) // 6), 6, 15, 2.5 * (2 + -(-len(each) // 6)))
     for axis in axes.flat:
         axis.axis("off")
-    colours, (first, legend, streams) = matplotlib.colormaps["tab20"], axes[0, :3]
-    first.scatter(*layout["diseases"].T, c=colours(layout["disease"] % 20), s=3, linewidths=0)
-    first.set_title("queried embeddings by disease", fontsize=9)
+    grid, colours = axes[0, 0].get_gridspec(), matplotlib.colormaps["tab20"]
+    first, streams = (figure.add_subplot(grid[:2, k:k + 2], xticks=[], yticks=[]) for k in (0, 3))
+    first.scatter(*layout["diseases"].T, c=colours(layout["disease"] % 20), s=4, linewidths=0)
+    first.set_title("queried pathology embeddings, by disease", fontsize=10)
     for k, name in enumerate(names[:20]):
-        legend.plot([], [], "o", color=colours(k), label=name, markersize=4)
-    legend.legend(fontsize=7, frameon=False, loc="center left", ncols=1 + len(names) // 14)
+        first.plot([], [], "o", color=colours(k), label=name, markersize=4)
+    first.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     if "streams" in layout:
         half = len(layout["streams"]) // 2
-        streams.scatter(*layout["streams"].T, c=[BLUE] * half + [ORANGE] * half, s=3, linewidths=0)
-        streams.set_title("pathology (blue), anatomy (orange)", fontsize=9)
-    for k, (axis, key) in enumerate(zip(axes[1:].flat, each)):
-        for value, colour in ((0, GRAY), (1, ORANGE)):
+        for name, colour, xy in (("pathology", BLUE, layout["streams"][:half]),
+                                 ("anatomy", RED, layout["streams"][half:])):
+            streams.scatter(*xy.T, c=colour, s=4, linewidths=0, label=name)
+        streams.legend(fontsize=8, markerscale=3, frameon=False)
+    streams.set_title("image embeddings (mean token), by stream", fontsize=10)
+    for k, (axis, key) in enumerate(zip(axes[2:].flat, each)):
+        for value, colour in ((0, GRAY), (1, RED)):
             some = layout["values"][:, k] == value
             axis.scatter(*layout[key][some].T, c=colour, s=4, linewidths=0)
         axis.set_title(f"{names[k]} ({(layout['values'][:, k] == 1).sum()})", fontsize=9)

@@ -309,7 +309,7 @@ def test_what_a_data_set_or_a_model_lacks_is_said(folder):
     table = data.load("synthetic", str(folder / "synthetic"), workers=1)
     args = evaluate.parse_args(["--task", "grounding", "--checkpoint", str(folder / "ckpt.pt")])
     model = evaluate.load_model(args)
-    table.boxes = [[] for _ in table.boxes]
+    table.boxes, table._masks = [[] for _ in table.boxes], {}
     with pytest.raises(InputError, match="no boxes or masks"):
         evaluate.grounding(args, model, table, table.rows("test"))
     model.config.streams = "single"
