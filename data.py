@@ -32,7 +32,6 @@ import shutil
 import sys
 import time
 import typing
-import xml.etree.ElementTree
 import zipfile
 import zlib
 
@@ -68,8 +67,9 @@ SOURCES = {
         "synthetic", ("mimic-cxr-2.0.0-split.csv",), "a new --root is filled on first use",
         "mimic", "all", (0.8, 0.1)),
     "mimic": Source(
-        "MIMIC-CXR-JPG", ("mimic-cxr-2.0.0-split.csv",), "https://physionet.org/content/mimic-cxr-jpg"
-        " and the reports, /content/mimic-cxr (credentialed)", "mimic", "all", (0.8, 0.1)),
+        "MIMIC-CXR-JPG", ("mimic-cxr-2.0.0-split.csv",),
+        "https://physionet.org/content/mimic-cxr-jpg and, for the reports, /content/mimic-cxr "
+        "(credentialed)", "mimic", "all", (0.8, 0.1)),
     "nih": Source(
         "NIH ChestX-ray14", ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
         "https://nihcc.app.box.com/v/ChestXray-NIHCC", "nih", "all", (0.7, 0.1)),
@@ -78,14 +78,16 @@ SOURCES = {
         "kaggle competitions download -c rsna-pneumonia-detection-challenge", "rsna", "all",
         (0.7, 0.15)),
     "siim": Source(
-        "SIIM-ACR Pneumothorax", ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv"),
+        "SIIM-ACR Pneumothorax",
+        ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv"),
         "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation", "siim", "all", (0.7, 0.15)),
     "covidx": Source(
         "COVIDx", ("test*.txt",), "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2", "covidx",
         "all", (0.9, 0.1)),
     "chexpert": Source(
         "CheXpert", ("train.csv", "valid.csv", "val_labels.csv"),
-        "https://stanfordmlgroup.github.io/competitions/chexpert", "chexpert", "frontal", (0.9, 0.1)),
+        "https://stanfordmlgroup.github.io/competitions/chexpert", "chexpert", "frontal",
+        (0.9, 0.1)),
     "openi": Source(
         "Open-i", ("ecgen-radiology", "indiana_reports.csv"),
         "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)", "openi", "frontal",
@@ -106,21 +108,20 @@ NIH = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodul
        "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
        "Hernia")
 OPENI = {  # label: index terms that stand for it (the part before the first slash)
-    "Opacity": {"opacity"}, "Cardiomegaly": {"cardiomegaly"}, "Atelectasis": {"pulmonary atelectasis"},
-    "Calcification": {"calcinosis", "calcified granuloma"}, "Scar": {"cicatrix"},
-    "Effusion": {"pleural effusion"}, "Airspace Disease": {"airspace disease"}, "Nodule": {"nodule"},
-    "Fracture": {"fractures, bone"}, "Congestion": {"pulmonary congestion"},
-    "Infiltrate": {"infiltrate"}, "Emphysema": {"emphysema", "pulmonary emphysema"},
-    "Hernia": {"hernia, hiatal"}, "Edema": {"pulmonary edema"}, "Pneumonia": {"pneumonia"},
-    "Consolidation": {"consolidation"}, "Pneumothorax": {"pneumothorax"}, "Mass": {"mass"},
-    "Thickening": {"thickening"}}
+    "Cardiomegaly": ["Cardiomegaly"], "Effusion": ["Pleural Effusion"],
+    "Atelectasis": ["Pulmonary Atelectasis"], "Opacity": ["Opacity"], "Pneumonia": ["Pneumonia"],
+    "Nodule": ["Nodule"], "Mass": ["Mass"], "Calcification": ["Calcinosis"],
+    "Congestion": ["Pulmonary Congestion"], "Edema": ["Pulmonary Edema"],
+    "Consolidation": ["Consolidation"], "Infiltrate": ["Infiltrate"], "Scar": ["Cicatrix"],
+    "Emphysema": ["Emphysema", "Pulmonary Emphysema"], "Pneumothorax": ["Pneumothorax"],
+    "Fracture": ["Fractures, Bone"], "Hernia": ["Hernia, Hiatal"]}
 PATHOLOGY = {  # the vocabulary's name of a label, where it is not just the label in lower case
     "No Finding": "normal", "Enlarged Cardiomediastinum": "enlarge", "Lung Opacity": "opacity",
     "Lung Lesion": "lesion", "Pleural Effusion": "effusion", "Pleural Other": "abnormality",
     "Support Devices": "device", "Infiltration": "infiltrate", "Pleural_Thickening": "thicken",
-    "Thickening": "thicken", "Airspace Disease": "opacity",
     "Fibrosis": "tail_abnorm_obs"}  # a bucket of rare findings, so a weak query
-GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0, "Consolidation": 0}
+GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0,
+          "Consolidation": 0}
 BLANK, UNKNOWN = -2, -3  # beside 1 present, 0 absent, -1 uncertain: not mentioned; never labelled
 
 
@@ -165,10 +166,12 @@ def find(root, *names, need=False):
 
 
 def csv_rows(path, *needed):
-    """Rows of a csv (plain, .gz, .zip of one) as dicts, header and cells stripped.
+    """Rows of a csv (plain, .gz, .zip of one) as dicts, header and cells stripped; none of None.
 
     InputError where a needed column lacks or the file is damaged; short rows are filled up.
     """
+    if path is None:
+        return
     try:
         if path.endswith(".zip"):
             archive = zipfile.ZipFile(path)
@@ -187,6 +190,14 @@ def csv_rows(path, *needed):
                     yield dict(zip(header, map(str.strip, row)))
     except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again")
+
+
+def text_lines(path):
+    """The non-empty lines of a text file, stripped; none of None."""
+    if path is None:
+        return []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        return [line.strip() for line in file if line.strip()]
 
 
 def files_by_name(root, *endings):
@@ -224,18 +235,18 @@ def read_mimic(root, options, problems):
         find(root, "mimic-cxr-2.0.0-metadata.csv", need=True),
         "dicom_id", "ViewPosition", "Rows", "Columns")}
     boxes_csv, drawn = find(root, "boxes.csv"), collections.defaultdict(list)
-    for r in csv_rows(boxes_csv, "dicom_id", "pathology", "anatomy") if boxes_csv else ():
+    for r in csv_rows(boxes_csv, "dicom_id", "pathology", "anatomy", "x", "y", "width", "height"):
         drawn[r["dicom_id"]].append(r)
 
-    names, labels, which = CHEXPERT, {}, options["labels"]
-    if which == "drawn":
+    names, labels, labels_csv = CHEXPERT, {}, None
+    if options["labels"] == "drawn":
         names = sorted({r["pathology"] for found in drawn.values() for r in found},
                        key=text.PATHOLOGIES.index)
-    elif which == "manual":  # radiologists' labels of 687 test studies, release 2.1.0
+    elif options["labels"] == "manual":  # radiologists' labels of 687 test studies, release 2.1.0
         labels_csv = find(root, "mimic-cxr-2.1.0-test-set-labeled.csv", need=True)
     else:
-        labels_csv = find(root, f"mimic-cxr-2.0.0-{which}.csv")
-    for r in csv_rows(labels_csv, "study_id") if which != "drawn" and labels_csv else ():
+        labels_csv = find(root, f"mimic-cxr-2.0.0-{options['labels']}.csv")
+    for r in csv_rows(labels_csv, "study_id"):
         r.setdefault("Lung Opacity", r.get("Airspace Opacity", ""))  # the name in release 2.1.0
         try:
             labels[r["study_id"]] = tuple(label_value(r.get(name, "")) for name in names)
@@ -263,7 +274,7 @@ def read_mimic(root, options, problems):
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
         items.append(Item(
             name, f"{folder}/{name}.jpg", subject, r["split"],
-            tuple(int(n in present) for n in names) if which == "drawn"
+            tuple(int(n in present) for n in names) if options["labels"] == "drawn"
             else labels.get(study, (UNKNOWN,) * len(names)),
             report=f"{reports}{folder}.txt", boxes=tuple(boxes),
             masks=tuple((f["pathology"], "png", f"masks/{name}.png", int(f["finding"]))
@@ -275,13 +286,9 @@ def read_mimic(root, options, problems):
 def read_nih(root, options, problems):
     """ChestX-ray14, one flat folder or one per tarball; the 2017 or the 2020 entry file."""
     files = files_by_name(root, ".png")
-    lists = {}
-    for name, split in (("train_val_list.txt", "train"), ("test_list.txt", "test")):
-        for r in open_lines(find(root, name)):
-            lists[r] = split
+    test = set(text_lines(find(root, "test_list.txt")))  # what is not in it is train_val
     boxes = collections.defaultdict(list)  # header `Bbox [x,y,w,h],,,`: its commas split the name
-    path = find(root, "BBox_List_2017.csv")
-    for r in csv_rows(path, "Image Index", "Finding Label") if path else ():
+    for r in csv_rows(find(root, "BBox_List_2017.csv"), "Image Index", "Finding Label"):
         label = r["Finding Label"].replace("Infiltrate", "Infiltration")
         try:
             boxes[r["Image Index"]].append(
@@ -296,17 +303,9 @@ def read_nih(root, options, problems):
             problems.append(("unreadable-label", f"{name}: {r['Finding Labels']}"))
             continue
         items.append(Item(name, files.get(name, f"images/{name}"), r["Patient ID"],
-                          lists.get(name, "train") if "test" in lists.values() else "",
+                          "test" if name in test else "train" if test else "",
                           tuple(int(label in said) for label in NIH), boxes=tuple(boxes[name])))
     return NIH, items
-
-
-def open_lines(path):
-    """The non-empty lines of a text file, stripped; none without a file."""
-    if not path:
-        return []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return [line.strip() for line in file if line.strip()]
 
 
 def read_rsna(root, options, problems):
@@ -319,17 +318,16 @@ def read_rsna(root, options, problems):
     if mappings:  # the NIH file each image was taken from, hence the patient
         with open(mappings) as file:
             for r in json.load(file):
-                patients[r.get("subset_img_id")] = str(r.get("img_id", "")).split("_")[0]
-                where[r.get("subset_img_id")] = stems.get(r.get("SOPInstanceUID"))
-    kaggle, medklip = find(root, "stage_2_train_labels.csv"), options["split_file"]
-    medklip = medklip if medklip and os.path.isfile(medklip) else find(root, "*rsna*test*.csv", "test.csv")
-    rows = csv_rows(medklip) if medklip else ()
-    for r in rows:
+                patients[r["subset_img_id"]] = r["img_id"].split("_")[0]
+                where[r["subset_img_id"]] = stems.get(r.get("SOPInstanceUID"))
+    kaggle = find(root, "stage_2_train_labels.csv")
+    for r in csv_rows(options["split_file"] or find(root, "*rsna*test*.csv")):
         if "img_path" in r:
-            where.setdefault(r["ID"], stems.get(os.path.basename(r["img_path"])[:-4]))
-            if not kaggle:
-                boxes[r["ID"]] = [b.split(";") for b in r["boxes"].split("|")] if r["classes"] == "1" else []
-    for r in csv_rows(kaggle, "patientId", "x", "y", "width", "height", "Target") if kaggle else ():
+            where[r["ID"]] = where.get(r["ID"]) or stems.get(os.path.basename(r["img_path"])[:-4])
+            if not kaggle:  # boxes is "nan" where classes is 0
+                found = r["boxes"].split("|") if r["classes"] == "1" else []
+                boxes[r["ID"]] = [box.split(";") for box in found]
+    for r in csv_rows(kaggle, "patientId", "x", "y", "width", "height", "Target"):
         if r["Target"] not in ("0", "1"):
             problems.append(("unreadable-label", f"{r['patientId']}: Target {r['Target']!r}"))
             continue
@@ -344,7 +342,8 @@ def read_rsna(root, options, problems):
             problems.append(("unreadable-label", f"box of {name}"))
             continue
         path = stems.get(name) or where.get(name) or f"stage_2_train_images/{name}.dcm"
-        items.append(Item(name, path, patients.get(name) or name, "", (int(bool(found)),), boxes=found))
+        items.append(Item(name, path, patients.get(name) or name, "", (int(bool(found)),),
+                          boxes=found))
     return ("Pneumonia",), items
 
 
@@ -352,8 +351,7 @@ def read_siim(root, options, problems):
     """Kaggle's DICOM trees with either RLE file, or the PNG re-pack that MeDSLIP used."""
     items, label = [], "Pneumothorax"
     for name, split in (("stage_1_train_images.csv", "train"), ("stage_1_test_images.csv", "test")):
-        for r in csv_rows(find(root, name), "new_filename", "ImageId", "has_pneumo") \
-                if find(root, name) else ():
+        for r in csv_rows(find(root, name), "new_filename", "ImageId", "has_pneumo"):
             mask = ((label, "png", f"png_masks/{r['new_filename']}", -1),)
             sick = r["has_pneumo"] == "1"
             items.append(Item(r["ImageId"], f"png_images/{r['new_filename']}", r["ImageId"], split,
@@ -374,7 +372,8 @@ def read_siim(root, options, problems):
             problems.append(("unreadable-label", f"mask of {name}"))
             continue
         items.append(Item(name, stems.get(name, f"dicom-images-train/{name}.dcm"), name, "",
-                          (int(bool(found)),), masks=tuple((label, "rle", rle, -1) for rle in found)))
+                          (int(bool(found)),),
+                          masks=tuple((label, "rle", rle, -1) for rle in found)))
     return (label,), items
 
 
@@ -384,7 +383,7 @@ def read_covidx(root, options, problems):
     items, classes = [], {"positive": 1, "negative": 0, "covid-19": 1, "pneumonia": 0, "normal": 0}
     for split in SPLITS[:3]:
         path = find(root, f"{split[:3]}.txt", f"{split}.txt", f"{split[:3]}*.txt")
-        for line in open_lines(path):
+        for line in text_lines(path):
             parts = line.rsplit(None, 3)
             if len(parts) == 4 and parts[2].lower() not in classes:
                 parts = line.rsplit(None, 2) + [""]
@@ -400,14 +399,14 @@ def read_covidx(root, options, problems):
 
 
 def read_chexpert(root, options, problems):
-    """CheXpert full or small, with the test release if it is there; without it valid is the test."""
+    """CheXpert full or small, with the test release if there; without it valid is the test."""
     items = []
-    for name, split in (("train.csv", "train"), ("valid.csv", "validate"), ("val_labels.csv", "validate"),
-                        ("test_labels.csv", "test"), ("groundtruth.csv", "test")):
-        path = find(root, name)
-        if not path or split in {item.split for item in items}:
+    for name, split in (("train.csv", "train"), ("valid.csv", "validate"),
+                        ("val_labels.csv", "validate"), ("test_labels.csv", "test"),
+                        ("groundtruth.csv", "test")):
+        if split in {item.split for item in items}:
             continue
-        for r in csv_rows(path):
+        for r in csv_rows(find(root, name)):
             try:
                 values = tuple(label_value(r.get(label, "")) for label in CHEXPERT)
             except ValueError as error:
@@ -420,58 +419,47 @@ def read_chexpert(root, options, problems):
             paths = [where] if where.lower().endswith(".jpg") else glob.glob(  # or it is a study
                 os.path.join(glob.escape(where), "*.jpg"), root_dir=root)
             for found in sorted(paths):
-                patient = next((part for part in found.split("/") if part.startswith("patient")), "")
+                patient = next((p for p in found.split("/") if p.startswith("patient")), "")
                 if not patient:
                     problems.append(("unreadable-label", f"{name}: {found!r}"))
                 elif options["views"] == "all" or "frontal" in os.path.basename(found):
                     items.append(Item(found[:-4], found, patient, split, values))
     if "test" not in {item.split for item in items}:
-        items = [item._replace(split="test") if item.split == "validate" else item for item in items]
+        items = [i._replace(split="test") if i.split == "validate" else i for i in items]
     return CHEXPERT, items
 
 
 def read_openi(root, options, problems):
     """Open-i: XML reports and PNGs as from the NLM, or Kaggle's re-pack. Labels are the human
     index terms; views come from the re-pack's projections or the DICOM headers, if there."""
-    files, view = files_by_name(root, ".png", ".jpg"), {}
-    path = find(root, "indiana_projections.csv", "nlmcxr_dicom_metadata.csv")
-    rows = list(csv_rows(path)) if path else []
-    for r in rows:
-        name = (r.get("filename") if "projection" in r else r.get("imageid", "")) or ""
-        view[name.split(".")[0]] = r.get("projection") or {
-            "PA": "Frontal", "AP": "Frontal", "": ""}.get(r.get("View Position"), "Lateral")
-    reports = []  # (uid, note, index terms, image files)
-    kaggle = find(root, "indiana_reports.csv")
-    if kaggle:
-        images = collections.defaultdict(list)
-        for r in rows:
-            images[r.get("uid")].append(r.get("filename", ""))
-        for r in csv_rows(kaggle, "uid", "MeSH", "findings", "impression"):
-            note = {part: r.get(part, "") for part in ("comparison", "indication", "findings", "impression")}
-            reports.append((r["uid"], note, r["MeSH"].split(";"), images[r["uid"]]))
-    else:
-        stems = {name.rsplit(".", 1)[0]: name for name in files}
-        for name in sorted(glob.glob("ecgen-radiology/*.xml", root_dir=root)):
-            try:
-                tree = xml.etree.ElementTree.parse(os.path.join(root, name))
-            except xml.etree.ElementTree.ParseError as error:
-                problems.append(("unreadable-label", f"{name}: {error}"))
-                continue
-            note = {t.get("Label", ""): t.text or "" for t in tree.iter("AbstractText")}
-            terms = [t.text or "" for t in tree.iter("major")]
-            images = [i.get("id", "") for i in tree.iter("parentImage")]
-            reports.append((os.path.basename(name)[:-4], note, terms,
-                            [stems.get(i, i + ".png") for i in images]))
+    files, view, images = files_by_name(root, ".png", ".jpg"), {}, collections.defaultdict(list)
+    for r in csv_rows(find(root, "indiana_projections.csv"), "uid", "filename", "projection"):
+        view[r["filename"].split(".")[0]] = r["projection"]
+        images[r["uid"]].append(r["filename"])
+    for r in csv_rows(find(root, "nlmcxr_dicom_metadata.csv"), "imageid", "View Position"):
+        lateral = r["View Position"] not in ("PA", "AP", "")
+        view[r["imageid"]] = "Lateral" if lateral else "Frontal"
+    reports, kaggle = [], find(root, "indiana_reports.csv")  # (uid, note, index terms, files)
+    for r in csv_rows(kaggle, "uid", "MeSH", "findings", "impression"):
+        note = [f"{part.upper()}: {r[part]}" for part in ("findings", "impression") if r[part]]
+        reports.append((r["uid"], "\n\n".join(note), r["MeSH"].split(";"), images[r["uid"]]))
+    stems = {name.rsplit(".", 1)[0]: name for name in files}
+    for name in [] if kaggle else sorted(glob.glob("ecgen-radiology/*.xml", root_dir=root)):
+        try:
+            with open(os.path.join(root, name), "rb") as file:
+                report = text.read_openi_xml(file)
+        except (OSError, InputError) as error:
+            problems.append(("unreadable-label", f"{name}: {error}"))
+            continue
+        reports.append((os.path.basename(name)[:-4], report["report"], report["terms"],
+                        [stems.get(stem, stem + ".png") for stem in report["images"]]))
     items = []
-    for uid, note, terms, images in reports:
-        heads = {term.split("/")[0].strip().lower() for term in terms}
-        values = tuple(int(bool(heads & headings)) for headings in OPENI.values())
-        if not heads - {"", "no indexing"}:
-            values = (UNKNOWN,) * len(OPENI)
-        note = "".join(f" {part.upper()}:\n {said}\n \n" for part, said in note.items() if said)
-        for name in images:
+    for uid, note, terms, names in reports:
+        heads = {term.split("/")[0].strip() for term in terms} - {"", "No Indexing"}
+        labels = tuple(int(bool(heads & set(found))) if heads else UNKNOWN for found in OPENI.values())
+        for name in names:
             if options["views"] == "all" or view.get(name.split(".")[0]) != "Lateral":
-                items.append(Item(name, files.get(name, f"images/{name}"), uid, "", values, note=note))
+                items.append(Item(name, files.get(name, f"images/{name}"), uid, "", labels, note=note))
     return tuple(OPENI), items
 
 
@@ -510,17 +498,23 @@ def find_root(dataset, root):
     for folder in [root] + below:
         if find(folder, *source.files):
             return folder
-    rehearse = (f"; or rehearse: python phantom.py --layout {source.layout} --root {root} --count 200"
-                if source.layout else "")
-    raise InputError(f"no {source.name} data at {root}: looked for {' or '.join(source.files)} there "
-                     f"and one folder down. Get it: {source.get}{rehearse}; or take the synthetic "
-                     "data: python train.py --data synthetic")
+    rehearse = (f"; or rehearse: python phantom.py --layout {source.layout} --root {root} "
+                "--count 200" if source.layout else "")
+    raise InputError(f"no {source.name} data at {root}: looked for {' or '.join(source.files)} "
+                     f"there and one folder down. Get it: {source.get}{rehearse}; or take the "
+                     "synthetic data: python train.py --data synthetic")
 
 
 def read_items(dataset, root, options):
     """(label names, items, problems) of a data set as downloaded; no image is opened here."""
     problems, kept, seen = [], [], set()
-    names, items = READERS[dataset](root, options, problems)
+    try:
+        names, items = READERS[dataset](root, options, problems)
+    except InputError:
+        raise
+    except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise InputError(f"{root}: a label file holds what it should not ({error!r}); download it "
+                         "again")
     for item in items:
         # ids and paths come from csv files of strangers: none may lead out of the data root
         paths = [item.path, item.report] + [m[2] for m in item.masks or () if m[1] == "png"]
@@ -532,8 +526,8 @@ def read_items(dataset, root, options):
             seen.add(item.id)
             kept.append(item)
     if not kept:
-        raise InputError(f"{root}: label files without one usable row"
-                         + (f"; {len(problems)} problems, the first: {problems[0]}" if problems else ""))
+        first = f"; {len(problems)} problems, the first: {problems[0]}" if problems else ""
+        raise InputError(f"{root}: label files without one usable row{first}")
     return list(names), kept, problems
 
 
@@ -558,8 +552,9 @@ def settle_splits(items, made, split_file=None):
         shares = ":".join(f"{100 * share:.0f}" for share in (*made, 1 - sum(made)))
         return [draw_split(i.patient, made) for i in items], f"made by patient {shares}, seed 0"
     if "validate" not in splits:
-        splits = [draw_split(i.patient, carve) if s == "train" else s for i, s in zip(items, splits)]
-        return splits, f"official; validate made of {1 - carve[0]:.1%} of the train patients, seed 0"
+        splits = [draw_split(i.patient, carve) if s == "train" else s
+                  for i, s in zip(items, splits)]
+        return splits, f"official; validate is {1 - carve[0]:.1%} of the train patients, seed 0"
     return splits, "official"
 
 
@@ -592,7 +587,7 @@ def read_split_file(items, carve, path):
 # Pixels
 
 def read_image(path, size=None):
-    """uint8 [H,W] of a PNG, JPEG or DICOM file, or [size,size] squashed; InputError if it cannot."""
+    """uint8 [H,W] of a PNG, JPEG or DICOM file, or [size,size] squashed; else InputError."""
     try:
         return decode(path, size)[0]
     except Exception as error:  # whatever a decoder makes of a damaged file
@@ -714,7 +709,7 @@ def prepare_chunk(job):
             except Exception as error:  # one bad file of 377,110 must not end the run
                 errors.append((start + k, trouble(path), f"{error}"[:200]))
             shapes.append(shape)
-        with open(images, "r+b") as file:  # not through the map: there a full disk kills the process
+        with open(images, "r+b") as file:  # not through the map: there a full disk is a SIGBUS
             file.seek(stored.offset + start * size * size)
             file.write(fresh)
         pixels = dict(made_from=made_from, crc=zlib.crc32(fresh), shapes=shapes, errors=errors)
@@ -725,7 +720,8 @@ def prepare_chunk(job):
     cells = read_part(name + ".cells.json", made_from)
     if cells is None:
         found = given or [report_cells(root, item) for item in items]
-        cells = dict(made_from=made_from, state=[f[1] for f in found], **pack([f[0] for f in found]))
+        cells = dict(made_from=made_from, state=[f[1] for f in found],
+                     **pack([f[0] for f in found]))
         write_json(name + ".cells.json", cells)
     return start, pixels, cells
 
@@ -765,7 +761,7 @@ def report_cells(root, item):
 
 
 def unique_cells(triplets):
-    """One value a (pathology, anatomy): 1 outranks 0; uncertain ones are left out as unmentioned."""
+    """One value a (pathology, anatomy): 1 outranks 0; uncertain ones count as not mentioned."""
     cells = {}
     for pathology, anatomy, existence, *_ in triplets:
         if existence >= 0:
@@ -783,9 +779,10 @@ def read_triplets(source):
     if os.path.isdir(source):
         by_name, cells_of = read_published(source)
     else:
-        by_name = {os.path.basename(key).split(".")[0]: unique_cells(text.radgraph_triplets(graph, False))
-                   for key, graph in text.read_radgraph(source)}
         cells_of = list
+        by_name = {os.path.basename(key).split(".")[0]:
+                   unique_cells(text.radgraph_triplets(graph, buckets=False))
+                   for key, graph in text.read_radgraph(source)}
 
     def triplets(item):
         study = os.path.basename(item.report).split(".")[0]
@@ -798,8 +795,9 @@ def read_triplets(source):
 
 
 def read_published(folder):
-    """({image or study: row of the matrix}, row -> cells) of landmark_observation_adj_mtx.npy, 6.75 GB
-    and therefore mapped. The json keys are paths on the authors' disks: only the file name counts."""
+    """({image or study: row of the matrix}, row -> cells) of landmark_observation_adj_mtx.npy,
+    6.75 GB and therefore mapped. The json keys are paths on the authors' disks: only the file
+    name counts."""
     path = os.path.join(folder, "landmark_observation_adj_mtx.npy")
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -845,8 +843,8 @@ def run_jobs(function, jobs, workers, title):
                     yield future.result()
                     bar.update(futures[future])
             except concurrent.futures.BrokenExecutor:
-                raise InputError("a worker was killed, perhaps for want of memory; what it finished "
-                                 "is kept: run again with fewer --workers")
+                raise InputError("a worker was killed, perhaps for want of memory; what it "
+                                 "finished is kept: run again with fewer --workers")
             finally:
                 pool.shutdown(cancel_futures=True)
 
@@ -923,8 +921,8 @@ def inputs(root, elsewhere, dataset, size, options):
     files = [os.path.abspath(options["split_file"])] if options["split_file"] else []
     if options["triplets"] != "rules":
         files += [os.path.abspath(options["triplets"])]
-    return (f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} {rules()} "
-            + stamp(root, names + files))
+    return (f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} "
+            f"{rules()} {stamp(root, names + files)}")
 
 
 def rules():
@@ -950,7 +948,7 @@ def sizes(folder):
 
 
 def prepare(dataset, root, folder, size, workers, options, made_from):
-    """Reads the labels, runs the jobs, writes the cache and at last its receipt, which it returns."""
+    """Reads the labels, runs the jobs, writes the cache and at last its receipt; returns that."""
     began = time.time()
     names, items, problems = read_items(dataset, root, options)
     splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
@@ -1011,7 +1009,8 @@ def prepare(dataset, root, folder, size, workers, options, made_from):
     receipt = dict(
         dataset=dataset, root=root, folder=folder, size=size, views=options["views"],
         rows=len(items), images=int(used.sum()), skipped=dict(sorted(skipped.items())),
-        skipped_files=problems[:500] + [(kind, f"{items[row].path}: {why}") for row, kind, why in errors[:500]],
+        skipped_files=problems[:500] + [(kind, f"{items[row].path}: {why}")
+                                        for row, kind, why in errors[:500]],
         patients=len({i.patient for i, u in zip(items, used) if u}),
         splits={name: splits.count(name) for name in SPLITS[:3]}, split_source=split_source,
         reports=dict(collections.Counter(s for s, u in zip(state, used) if u)),
@@ -1075,7 +1074,8 @@ def check(dataset, root, options, workers, fix_list=None):
     if any(item.path.lower().endswith((".dcm", ".dicom")) for item in items):
         need_pydicom(dataset)
     splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
-    jobs = [(root, None, start, items[start:start + CHUNK]) for start in range(0, len(items), CHUNK)]
+    jobs = [(root, None, start, items[start:start + CHUNK])
+            for start in range(0, len(items), CHUNK)]
     bad, first = set(), {}
     results = list(run_jobs(check_chunk, jobs, workers, "checking"))
     for row, kind, what in sorted(f for found, _ in results for f in found):
@@ -1088,11 +1088,13 @@ def check(dataset, root, options, workers, fix_list=None):
     where = {}
     for item, split in zip(items, splits):
         if where.setdefault(item.patient, split) != split:
-            problems.append(("patient-leak", f"patient {item.patient}: {where[item.patient]}, {split}"))
+            problems.append(("patient-leak", f"{item.patient}: {where[item.patient]}, {split}"))
     on_disk = files_by_name(root, ".jpg", ".jpeg", ".png", ".dcm").values()
-    problems += [("no-label", path) for path in sorted(on_disk) if os.path.normpath(path) not in known]
+    problems += [("no-label", path) for path in sorted(on_disk)
+                 if os.path.normpath(path) not in known]
 
-    print(f"{dataset} at {root}: {len(items)} images, {len(items) - len(bad)} usable; split {split_source}")
+    print(f"{dataset} at {root}: {len(items)} images, {len(items) - len(bad)} usable")
+    print(f"split: {split_source}")
     for kind, count in collections.Counter(kind for kind, _ in problems).most_common():
         print(f"{kind:<18}{count:>8}   e.g. "
               + "; ".join(str(what) for k, what in problems if k == kind)[:160])
@@ -1111,8 +1113,8 @@ class Table:
 
     images uint8 [N,S,S]; labels int8 [N,L] (1, 0, -1 unknown) of `label_names`, each with its
     name in our vocabulary or None in `label_pathologies`; shape int32 [N,2] height and width of
-    the files; boxes [N] lists of (label, x, y, width, height) in fractions of the image; splits [N].
-    A row whose file was unusable stays, black and in no split, so that row numbers are stable.
+    the files; boxes [N] lists of (label, x, y, width, height) in fractions of the image; splits
+    [N]. A row whose file was unusable stays, black and in no split: row numbers are stable.
     """
 
     def __init__(self, folder, root, receipt):
@@ -1121,7 +1123,8 @@ class Table:
         with open(path("index.json")) as file:
             index = json.load(file)
         arrays = np.load(path("arrays.npz"), allow_pickle=False)
-        self.dataset, self.root, self.folder, self.receipt = receipt["dataset"], root, folder, receipt
+        self.dataset, self.receipt = receipt["dataset"], receipt
+        self.root, self.folder = root, folder
         self.images = np.load(path("images.npy"), mmap_mode="r", allow_pickle=False)  # [N,S,S]
         self.size = self.images.shape[1]
         self.ids, self.paths, self.patients = index["ids"], index["paths"], index["patients"]
@@ -1146,7 +1149,7 @@ class Table:
         return np.flatnonzero(self.splits != "skipped" if split == "all" else self.splits == split)
 
     def cells(self, i):
-        """[(pathology, anatomy, 1 present or 0 denied)] of image i's report, under their own names."""
+        """[(pathology, anatomy, 1 present or 0 denied)] of image i's report, by their own names."""
         names, start, cells = self._cells
         return [(names[p], names[a], int(v)) for p, a, v in cells[start[i]:start[i + 1]]]
 
@@ -1164,7 +1167,8 @@ class Table:
         names, start, cells = store
         key = blank, tuple(pathologies), tuple(anatomies)
         if key not in self._places:
-            self._places[key] = (place(names, key[1], "tail_abnorm_obs"), place(names, key[2], "other"))
+            self._places[key] = (place(names, key[1], "tail_abnorm_obs"),
+                                 place(names, key[2], "other"))
         columns, rows = self._places[key]
         index = np.asarray(index, np.int64).reshape(-1)
         count = start[index + 1] - start[index]
@@ -1173,7 +1177,7 @@ class Table:
         p, a, value = cells[np.repeat(start[index], count) + within].T
         row, column = rows[a], columns[p]
         dense = np.full((len(index), len(key[2]), len(key[1])), blank, np.int8)  # [B,n,m]
-        for now in (0, 1):  # several names may share a place ("other"): what is present is written last
+        for now in (0, 1):  # several names may share a place ("other"): presence is written last
             hit = (value == now) & (row >= 0) & (column >= 0)
             dense[image[hit], row[hit], column[hit]] = now
         return dense
@@ -1395,10 +1399,11 @@ def add_data_flags(parser):
     group.add_argument("--views", choices=("frontal", "all"))
     group.add_argument("--split-file", help="split.csv of ours or MedKLIP's RSNA test csv")
     group.add_argument("--uncertain", default="ignore", choices=("ignore", "zeros", "ones", "gloria"),
-                       help="what -1 labels count as; gloria: its per-label choice (CheXpert, MIMIC)")
-    group.add_argument("--labels", choices=("chexpert", "negbio", "manual"), help="label file of mimic")
-    group.add_argument("--triplets", default="rules", help="rules, a RadGraph .json, or a folder with "
-                       "landmark_observation_adj_mtx.npy and train.json")
+                       help="what -1 labels count as; gloria: its choice for each label")
+    group.add_argument("--labels", choices=("chexpert", "negbio", "manual"),
+                       help="label file of mimic (default chexpert)")
+    group.add_argument("--triplets", default="rules", help="rules, a RadGraph .json, or a folder "
+                       "with landmark_observation_adj_mtx.npy and train.json")
     group.add_argument("--workers", type=int, help="processes (default: one a core)")
 
 
@@ -1433,7 +1438,7 @@ def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="synthetic", choices=DATASETS)
     add_data_flags(parser)
-    parser.add_argument("--check", action="store_true", help="read every file; exit 0 only if all is well")
+    parser.add_argument("--check", action="store_true", help="read every file; 0 only if all is well")
     parser.add_argument("--fix-list", help="with --check: write the usable images to this split file")
     return parser.parse_args(argv)
 
