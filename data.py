@@ -200,15 +200,21 @@ def text_lines(path):
         return [line.strip() for line in file if line.strip()]
 
 
-def files_by_name(root, *endings):
-    """{file name: path relative to root} of all images below `root`, caches and masks left out."""
-    found = {}
+def image_paths(root):
+    """Every image file below `root`, relative to it, in order; caches and masks left out."""
     for folder, below, names in os.walk(root):
         below[:] = sorted(d for d in below if not d.startswith("prepared-")
                           and d not in ("masks", "png_masks", "annotations"))
         for name in sorted(names):
-            if name.lower().endswith(endings):
-                found.setdefault(name, os.path.relpath(os.path.join(folder, name), root))
+            if name.lower().endswith((".jpg", ".jpeg", ".png", ".dcm")):
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def paths_by_stem(root):
+    """{file name without its ending: path relative to root}; of two the first in order."""
+    found = {}
+    for path in image_paths(root):
+        found.setdefault(os.path.splitext(os.path.basename(path))[0], path)
     return found
 
 
@@ -285,7 +291,7 @@ def read_mimic(root, options, problems):
 
 def read_nih(root, options, problems):
     """ChestX-ray14, one flat folder or one per tarball; the 2017 or the 2020 entry file."""
-    files = files_by_name(root, ".png")
+    paths = paths_by_stem(root)
     test = set(text_lines(find(root, "test_list.txt")))  # what is not in it is train_val
     boxes = collections.defaultdict(list)  # header `Bbox [x,y,w,h],,,`: its commas split the name
     for r in csv_rows(find(root, "BBox_List_2017.csv"), "Image Index", "Finding Label"):
@@ -302,7 +308,7 @@ def read_nih(root, options, problems):
         if said - set(NIH) or not name:
             problems.append(("unreadable-label", f"{name}: {r['Finding Labels']}"))
             continue
-        items.append(Item(name, files.get(name, f"images/{name}"), r["Patient ID"],
+        items.append(Item(name, paths.get(name[:-4], f"images/{name}"), r["Patient ID"],
                           "test" if name in test else "train" if test else "",
                           tuple(int(label in said) for label in NIH), boxes=tuple(boxes[name])))
     return NIH, items
@@ -311,19 +317,17 @@ def read_nih(root, options, problems):
 def read_rsna(root, options, problems):
     """Kaggle's stage_2 folders, or the RSNA site's <study>/<series>/<image>.dcm tree; labels from
     Kaggle's csv (a row per box) or from MedKLIP's test csv alone."""
-    files = files_by_name(root, ".dcm", ".png", ".jpg")
-    stems = {name.rsplit(".", 1)[0]: path for name, path in files.items()}
-    where, patients, boxes = {}, {}, {}
+    paths, where, patients, boxes = paths_by_stem(root), {}, {}, {}
     mappings = find(root, "pneumonia-challenge-dataset-mappings_2018.json")
     if mappings:  # the NIH file each image was taken from, hence the patient
         with open(mappings) as file:
             for r in json.load(file):
                 patients[r["subset_img_id"]] = r["img_id"].split("_")[0]
-                where[r["subset_img_id"]] = stems.get(r.get("SOPInstanceUID"))
+                where[r["subset_img_id"]] = paths.get(r.get("SOPInstanceUID"))
     kaggle = find(root, "stage_2_train_labels.csv")
     for r in csv_rows(options["split_file"] or find(root, "*rsna*test*.csv")):
         if "img_path" in r:
-            where[r["ID"]] = where.get(r["ID"]) or stems.get(os.path.basename(r["img_path"])[:-4])
+            where[r["ID"]] = where.get(r["ID"]) or paths.get(os.path.basename(r["img_path"])[:-4])
             if not kaggle:  # boxes is "nan" where classes is 0
                 found = r["boxes"].split("|") if r["classes"] == "1" else []
                 boxes[r["ID"]] = [box.split(";") for box in found]
@@ -341,7 +345,7 @@ def read_rsna(root, options, problems):
         except ValueError:
             problems.append(("unreadable-label", f"box of {name}"))
             continue
-        path = stems.get(name) or where.get(name) or f"stage_2_train_images/{name}.dcm"
+        path = paths.get(name) or where.get(name) or f"stage_2_train_images/{name}.dcm"
         items.append(Item(name, path, patients.get(name) or name, "", (int(bool(found)),),
                           boxes=found))
     return ("Pneumonia",), items
@@ -358,8 +362,7 @@ def read_siim(root, options, problems):
                               (int(sick),), masks=mask if sick else ()))
     if items:
         return (label,), items
-    stems = {name[:-4]: path for name, path in files_by_name(root, ".dcm", ".png").items()}
-    runs = collections.defaultdict(list)
+    paths, runs = paths_by_stem(root), collections.defaultdict(list)
     for r in csv_rows(find(root, *SOURCES["siim"].files, need=True), "ImageId", "EncodedPixels"):
         runs[r["ImageId"]].append(r["EncodedPixels"])  # several masks an image: OR, they overlap
     for name, found in runs.items():
@@ -371,7 +374,7 @@ def read_siim(root, options, problems):
         except ValueError:
             problems.append(("unreadable-label", f"mask of {name}"))
             continue
-        items.append(Item(name, stems.get(name, f"dicom-images-train/{name}.dcm"), name, "",
+        items.append(Item(name, paths.get(name, f"dicom-images-train/{name}.dcm"), name, "",
                           (int(bool(found)),),
                           masks=tuple((label, "rle", rle, -1) for rle in found)))
     return (label,), items
@@ -432,18 +435,17 @@ def read_chexpert(root, options, problems):
 def read_openi(root, options, problems):
     """Open-i: XML reports and PNGs as from the NLM, or Kaggle's re-pack. Labels are the human
     index terms; views come from the re-pack's projections or the DICOM headers, if there."""
-    files, view, images = files_by_name(root, ".png", ".jpg"), {}, collections.defaultdict(list)
+    paths, view, images = paths_by_stem(root), {}, collections.defaultdict(list)
     for r in csv_rows(find(root, "indiana_projections.csv"), "uid", "filename", "projection"):
-        view[r["filename"].split(".")[0]] = r["projection"]
-        images[r["uid"]].append(r["filename"])
+        view[os.path.splitext(r["filename"])[0]] = r["projection"]
+        images[r["uid"]].append(os.path.splitext(r["filename"])[0])
     for r in csv_rows(find(root, "nlmcxr_dicom_metadata.csv"), "imageid", "View Position"):
         lateral = r["View Position"] not in ("PA", "AP", "")
         view[r["imageid"]] = "Lateral" if lateral else "Frontal"
-    reports, kaggle = [], find(root, "indiana_reports.csv")  # (uid, note, index terms, files)
+    reports, kaggle = [], find(root, "indiana_reports.csv")  # (uid, note, index terms, images)
     for r in csv_rows(kaggle, "uid", "MeSH", "findings", "impression"):
         note = [f"{part.upper()}: {r[part]}" for part in ("findings", "impression") if r[part]]
         reports.append((r["uid"], "\n\n".join(note), r["MeSH"].split(";"), images[r["uid"]]))
-    stems = {name.rsplit(".", 1)[0]: name for name in files}
     for name in [] if kaggle else sorted(glob.glob("ecgen-radiology/*.xml", root_dir=root)):
         try:
             with open(os.path.join(root, name), "rb") as file:
@@ -451,15 +453,17 @@ def read_openi(root, options, problems):
         except (OSError, InputError) as error:
             problems.append(("unreadable-label", f"{name}: {error}"))
             continue
-        reports.append((os.path.basename(name)[:-4], report["report"], report["terms"],
-                        [stems.get(stem, stem + ".png") for stem in report["images"]]))
+        reports.append((name[len("ecgen-radiology/"):-4], report["report"], report["terms"],
+                        report["images"]))
     items = []
     for uid, note, terms, names in reports:
         heads = {term.split("/")[0].strip() for term in terms} - {"", "No Indexing"}
-        labels = tuple(int(bool(heads & set(found))) if heads else UNKNOWN for found in OPENI.values())
+        labels = tuple(int(bool(heads & set(meant))) if heads else UNKNOWN
+                       for meant in OPENI.values())
         for name in names:
-            if options["views"] == "all" or view.get(name.split(".")[0]) != "Lateral":
-                items.append(Item(name, files.get(name, f"images/{name}"), uid, "", labels, note=note))
+            if options["views"] == "all" or view.get(name) != "Lateral":
+                items.append(Item(name, paths.get(name, f"images/{name}.png"), uid, "", labels,
+                                  note=note))
     return tuple(OPENI), items
 
 
@@ -707,7 +711,8 @@ def prepare_chunk(job):
             try:
                 fresh[k], shape = decode(path, size)
             except Exception as error:  # one bad file of 377,110 must not end the run
-                errors.append((start + k, trouble(path), f"{error}"[:200]))
+                kind = trouble(path)
+                errors.append((start + k, kind, "" if kind == "missing" else f"{error}"[:200]))
             shapes.append(shape)
         with open(images, "r+b") as file:  # not through the map: there a full disk is a SIGBUS
             file.seek(stored.offset + start * size * size)
@@ -849,6 +854,11 @@ def run_jobs(function, jobs, workers, title):
                 pool.shutdown(cancel_futures=True)
 
 
+def cores():
+    """The cores this process may use; a container's are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def load(dataset, root=None, *, size=None, views=None, cache_dir=None, workers=None,
          split_file=None, uncertain="ignore", labels=None, triplets="rules"):
     """A data set as a Table; the first call prepares it, later ones map the cache into memory.
@@ -859,7 +869,7 @@ def load(dataset, root=None, *, size=None, views=None, cache_dir=None, workers=N
     """
     root, options = where_and_how(dataset, root, views, split_file, uncertain, labels, triplets)
     size = size or (64 if dataset == "synthetic" else 256)
-    workers = len(os.sched_getaffinity(0)) if workers is None else workers
+    workers = cores() if workers is None else workers
     if not 16 <= size <= 4096:
         raise InputError(f"--prepared-size {size} is not in 16..4096")
     if dataset == "synthetic" and not (os.path.isdir(root) and os.listdir(root)):
@@ -1089,9 +1099,7 @@ def check(dataset, root, options, workers, fix_list=None):
     for item, split in zip(items, splits):
         if where.setdefault(item.patient, split) != split:
             problems.append(("patient-leak", f"{item.patient}: {where[item.patient]}, {split}"))
-    on_disk = files_by_name(root, ".jpg", ".jpeg", ".png", ".dcm").values()
-    problems += [("no-label", path) for path in sorted(on_disk)
-                 if os.path.normpath(path) not in known]
+    problems += [("no-label", path) for path in image_paths(root) if path not in known]
 
     print(f"{dataset} at {root}: {len(items)} images, {len(items) - len(bad)} usable")
     print(f"split: {split_source}")
@@ -1398,7 +1406,8 @@ def add_data_flags(parser):
                        "(default 256, synthetic 64; at least the image size)")
     group.add_argument("--views", choices=("frontal", "all"))
     group.add_argument("--split-file", help="split.csv of ours or MedKLIP's RSNA test csv")
-    group.add_argument("--uncertain", default="ignore", choices=("ignore", "zeros", "ones", "gloria"),
+    group.add_argument("--uncertain", default="ignore",
+                       choices=("ignore", "zeros", "ones", "gloria"),
                        help="what -1 labels count as; gloria: its choice for each label")
     group.add_argument("--labels", choices=("chexpert", "negbio", "manual"),
                        help="label file of mimic (default chexpert)")
@@ -1438,8 +1447,9 @@ def parse_args(argv=None):
     parser = Parser(prog="data.py", description=__doc__.split("\n")[0])
     parser.add_argument("--dataset", default="synthetic", choices=DATASETS)
     add_data_flags(parser)
-    parser.add_argument("--check", action="store_true", help="read every file; 0 only if all is well")
-    parser.add_argument("--fix-list", help="with --check: write the usable images to this split file")
+    parser.add_argument("--check", action="store_true",
+                        help="read every file; exit status 0 only if all is well")
+    parser.add_argument("--fix-list", help="with --check: write the usable images to this file")
     return parser.parse_args(argv)
 
 
@@ -1448,7 +1458,7 @@ def main(args):
         return print_receipt(load_from_args(args).receipt)
     root, options = where_and_how(args.dataset, args.root, args.views, args.split_file,
                                   args.uncertain, args.labels, args.triplets)
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    workers = cores() if args.workers is None else args.workers
     sys.exit(1 if check(args.dataset, root, options, workers, args.fix_list) else 0)
 
 

@@ -820,11 +820,11 @@ def test_openi_xml_and_kaggle_repack(tmp_path):
     (tmp_path / "nlm" / "nlmcxr_dicom_metadata.csv").write_text(
         "imageid,View Position\nCXR2_IM-0652-1001,PA\nCXR2_IM-0652-2001,LL\n")
     names, items, problems = read("openi", tmp_path / "nlm", views="frontal")
-    assert list(items) == ["CXR2_IM-0652-1001.png", "CXR3_1.png"] and len(problems) == 1
-    one = items["CXR2_IM-0652-1001.png"]
+    assert list(items) == ["CXR2_IM-0652-1001", "CXR3_1"] and len(problems) == 1
+    one = items["CXR2_IM-0652-1001"]
     assert [n for n, v in zip(names, one.labels) if v == 1] == ["Atelectasis"]
     assert ("atelectasis", 1) in {(t.pathology, t.existence) for t in text.extract_triplets(one.note)}
-    assert set(items["CXR3_1.png"].labels) == {data.UNKNOWN}
+    assert set(items["CXR3_1"].labels) == {data.UNKNOWN}
     kaggle = tmp_path / "kaggle"
     kaggle.mkdir()
     (kaggle / "indiana_reports.csv").write_text(
@@ -833,8 +833,8 @@ def test_openi_xml_and_kaggle_repack(tmp_path):
     (kaggle / "indiana_projections.csv").write_text(
         "uid,filename,projection\n1,1_IM-1.dcm.png,Frontal\n1,1_IM-2.dcm.png,Lateral\n")
     _, items, _ = read("openi", kaggle, views="frontal")
-    assert list(items) == ["1_IM-1.dcm.png"]
-    assert sum(items["1_IM-1.dcm.png"].labels) == 2 and "FINDINGS" in items["1_IM-1.dcm.png"].note
+    assert list(items) == ["1_IM-1.dcm"]
+    assert sum(items["1_IM-1.dcm"].labels) == 2 and "FINDINGS" in items["1_IM-1.dcm"].note
 
 
 # ------------------------------------------------------------------------------------------------
