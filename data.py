@@ -94,7 +94,8 @@ SOURCES = {
         (0.7, 0.1)),
     "covid-chestxray": Source(
         "covid-chestxray-dataset", ("metadata.csv",),
-        "git clone https://github.com/ieee8023/covid-chestxray-dataset", "", "frontal", (0.6, 0.1)),
+        "git clone https://github.com/ieee8023/covid-chestxray-dataset", "covid-chestxray",
+        "frontal", (0.6, 0.1)),
 }
 DATASETS = tuple(SOURCES)
 

@@ -838,13 +838,51 @@ def test_openi_xml_and_kaggle_repack(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
+# Every layout that phantom.py writes, from files to table
+
+LAYOUTS = [(layout, variant) for layout in phantom.LAYOUTS for variant in phantom.LAYOUTS[layout][2]]
+
+
+@pytest.mark.parametrize("layout,variant", LAYOUTS)
+def test_layout_is_read_and_found_clean(tmp_path, layout, variant, capsys):
+    pytest.importorskip("pydicom")
+    phantom.write(layout, str(tmp_path / "x"), 30, seed=1, size=64, workers=1, variant=variant)
+    root, options = data.where_and_how(layout, str(tmp_path / "x"), None, None, "ignore", None, "rules")
+    assert data.check(layout, root, options, 1) == 0, capsys.readouterr().out
+    table = data.load(layout, root, size=32, workers=1)
+    assert len(table.rows()) == 30 and table.receipt["skipped"] == {}
+    assert table.images.reshape(30, -1).std(1).min() > 10
+    assert set(np.unique(table.labels)) <= {-1, 0, 1} and (table.labels == 1).any()
+    assert table.has_reports == (layout in ("mimic", "openi", "covid-chestxray"))
+    assert len(table.rows("train")) > len(table.rows("test")) > 0
+    where = {}
+    assert all(where.setdefault(p, s) == s for p, s in zip(table.patients, table.splits))
+    for i in table.rows():
+        named = {box[0] for box in table.boxes[i]}
+        assert all(table.labels[i, table.label_names.index(n)] == 1 for n in named if n in table.label_names)
+        assert all(0 <= x < 1 and 0 <= y < 1 and w > 0 and h > 0 for _, x, y, w, h in table.boxes[i])
+    if layout in ("rsna", "nih", "mimic"):
+        assert any(table.boxes)
+    if layout == "siim":
+        assert all(table.mask(i).any() == table.labels[i, 0] for i in table.rows())
+
+
+def test_layouts_of_one_data_set_hold_the_same(tmp_path):
+    pytest.importorskip("pydicom")
+    tables = []
+    for variant in phantom.LAYOUTS["siim"][2]:
+        phantom.write("siim", str(tmp_path / variant), 12, seed=2, size=64, workers=1, variant=variant)
+        tables.append(data.load("siim", str(tmp_path / variant), size=32, workers=1))
+    for other in tables[1:]:
+        for i, name in enumerate(tables[0].ids):
+            k = other.ids.index(name)
+            assert tables[0].labels[i] == other.labels[k]
+            assert tables[0].mask(i).mean() == pytest.approx(other.mask(k).mean(), abs=2e-3)
+            assert np.abs(tables[0].images[i].astype(int) - other.images[k]).mean() < 4  # JPEG or not
+
+
+# ------------------------------------------------------------------------------------------------
 # The real label files
-
-def real_root(tmp_path, **files):
-    for name, path in files.items():
-        shutil.copy(REAL / "labels" / path, tmp_path / name.replace("__", "."))
-    return tmp_path
-
 
 @real
 def test_real_nih(tmp_path):
