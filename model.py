@@ -303,8 +303,8 @@ class MeDSLIP(nn.Module):
         trouble += [f"{k} has shape {shape} instead of {list(own[k].shape)}"
                     for k, shape in shapes.items() if shape != list(own[k].shape)]
         if trouble:
-            raise CheckpointError(f"{path} does not fit: {'; '.join(trouble[:8])}"
-                                  + (f"; and {len(trouble) - 8} more" if len(trouble) > 8 else ""))
+            more = [f"and {len(trouble) - 40} more"] if len(trouble) > 40 else []
+            raise CheckpointError(f"{path} does not fit: {'; '.join(trouble[:40] + more)}")
         with torch.no_grad():
             for k, v in own.items():  # state_dict's tensors share the model's memory
                 v.copy_(weights.get(k, v))

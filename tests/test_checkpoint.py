@@ -61,7 +61,7 @@ def test_tensors_that_do_not_fit(saved, change, words):
     change(weights)
     torch.save(checkpoint | {"model": weights}, path)
     message = refusal(path)
-    assert all(word in message for word in words) and len(message) < 1000
+    assert all(word in message for word in words) and len(message) < 3000
 
 
 def test_released_tensors_that_do_not_fit(tmp_path):
