@@ -119,10 +119,10 @@ def render_chest(c, rng):
     film = body * (0.60 - 0.9 * np.maximum(c.x_abs - 0.72, 0) ** 2)             # thinner sides
     lungs = c.lung[LEFT] + c.lung[RIGHT]
     film -= lungs * np.float32(rng.uniform(0.32, 0.40))
-    c.markings = 0.05 * smooth_noise(rng, c.size, 22) * lungs
+    c.markings = 0.035 * smooth_noise(rng, c.size, 22) * lungs
     c.markings *= np.exp(-3.0 * (c.x_abs - 0.14) ** 2 - 2.0 * (c.y - 0.02) ** 2)
     film += c.markings + 0.09 * np.exp(-40 * (c.x_abs - 0.19) ** 2 - 18 * (c.y - 0.02) ** 2)    # hila
-    film += c.cage * rib_band(c.rib_phase) * np.float32(rng.uniform(0.05, 0.08))
+    film += c.cage * rib_band(c.rib_phase) * np.float32(rng.uniform(0.035, 0.055))
     film += ramp(1 - c.heart, 0.5) * 0.06
     film += ramp(0.10 - c.x_abs, 0.05) * (0.035 + 0.02 * np.cos(c.y * 44))      # spine
     film -= ramp(0.04 - np.abs(c.x - 0.015), 0.04) * ramp(-0.24 - c.y, 0.1) * 0.10      # trachea
@@ -179,19 +179,25 @@ def place_in_lung(c, anatomy, radius):
 
 
 def in_lung(c, side, change, shape):
-    change = change * c.space[side]
+    """Density adds up in air; before the heart or ribs a lesion shows less."""
+    change = change * c.space[side] * np.clip((0.75 - c.film) * 2.5, 0.2, 1)
     return [(change, (shape > 0.35) & (c.space[side] > 0.5))]
 
 
-def draw_patch(strength, radii, fall, texture=0.0):
-    """Soft patch: consolidation is dense, opacity faint, pneumonia mottled by `texture`."""
+def draw_patch(strength, radii, fall, texture=0.0, fissure=False):
+    """A patch with ragged edges: opacity is faint and soft, pneumonia mottled by `texture`,
+    consolidation dense with one straight edge, where a fissure holds it back."""
     def patch(c, anatomy):
-        r = c.rng.uniform(*radii)
+        rng, r = c.rng, c.rng.uniform(*radii)
         x, y, side = place_in_lung(c, anatomy, r)
-        ragged = 1 + 0.22 * smooth_noise(c.rng, c.size, 9)
-        shape = ramp(ragged - disc(c, x, y, r, r * c.rng.uniform(0.75, 1.15), c.rng.uniform(0, 3)), fall)
-        grain = np.clip(1 + texture * smooth_noise(c.rng, c.size, 26), 0, 3) if texture else 1
-        return in_lung(c, side, shape * grain * np.float32(c.rng.uniform(*strength)), shape)
+        ragged = 1 + 0.2 * smooth_noise(rng, c.size, 9)
+        wide, high = (1.25, 1.1) if fissure else (1.0, rng.uniform(0.75, 1.15))
+        shape = ramp(ragged - disc(c, x, y, wide * r, high * r, 0 if fissure else rng.uniform(0, 3)), fall)
+        if fissure:
+            shape = shape * ramp(y + 0.05 - c.y + rng.normal(0, 0.15) * (c.x - x), c.soft)
+        if texture:
+            shape = shape * np.clip(0.8 + texture * smooth_noise(rng, c.size, 24), 0, 2.5)
+        return in_lung(c, side, shape * np.float32(rng.uniform(*strength)), shape)
     return patch
 
 
@@ -275,12 +281,12 @@ def draw_fracture(c, anatomy):
     side, x, k = (LEFT, RIGHT)[rng.integers(2)], rng.uniform(0.38, 0.60), rng.integers(-2, 2)
     y = (float(k) - c.rib_start) * 0.2 + 0.33 * x * x             # on the k-th rib
     along, rib = c.x * side - x, c.rib_phase - k                  # outwards; 0 on the rib, 1 = next
-    near = ramp(1 - disc(c, side * x, y, 0.18, 0.14), 0.3)
+    near = ramp(1 - disc(c, side * x, y, 0.22, 0.17), 0.3)
     # the outer fragment is stepped by 0.4 of the gap between ribs; both are bright, the gap is dark
     broken = np.where(along > 0, rib - 0.4, rib)
-    bone = ramp(0.2 - np.abs(broken), 0.2)
+    bone = ramp(0.24 - np.abs(broken), 0.2)
     gap = ramp(0.03 - np.abs(along), c.soft) * (np.abs(rib - 0.2) < 0.5)
-    change = near * (0.24 * bone - 0.06 * rib_band(c.rib_phase) - 0.18 * gap)
+    change = near * (0.30 * bone - 0.04 * rib_band(c.rib_phase) - 0.20 * gap)
     return [(change, near > 0.5)]
 
 
@@ -307,12 +313,12 @@ PLEURA = ["left_pleural", "right_pleural"]
 LOOKS = {
     "effusion": (1.2, PLEURA, draw_effusion),
     "pneumothorax": (1.0, ["left_apical_lung", "right_apical_lung"], draw_pneumothorax),
-    "consolidation": (1.2, LUNG_ZONES, draw_patch((0.22, 0.28), (0.17, 0.24), 0.5)),
-    "opacity": (1.2, LUNG_ZONES, draw_patch((0.11, 0.15), (0.20, 0.27), 1.2)),
-    "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.12, 0.16), (0.19, 0.26), 0.7, texture=1.3)),
-    "nodule": (1.1, LUNG_ZONES, draw_round((0.22, 0.28), (0.095, 0.125), 0.0)),
+    "consolidation": (1.2, LUNG_ZONES, draw_patch((0.26, 0.32), (0.22, 0.28), 0.5, fissure=True)),
+    "opacity": (1.2, LUNG_ZONES, draw_patch((0.14, 0.18), (0.24, 0.31), 1.2)),
+    "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.16, 0.20), (0.22, 0.29), 0.6, texture=1.5)),
+    "nodule": (1.1, LUNG_ZONES, draw_round((0.27, 0.33), (0.105, 0.135), 0.0)),
     "mass": (1.0, LUNG_ZONES[0:2] + LUNG_ZONES[3:5] + ["left_hilar", "right_hilar"],
-             draw_round((0.22, 0.28), (0.16, 0.22), 0.25)),
+             draw_round((0.27, 0.33), (0.19, 0.25), 0.2)),
     "atelectasis": (1.0, ["left_lower_lung", "right_lower_lung"], draw_atelectasis),
     "cardiomegaly": (0.8, ["heart_size"], draw_cardiomegaly),
     "edema": (0.8, ["hilar_unspec"], draw_edema),
@@ -418,7 +424,7 @@ def develop(film, rng, size):
     """Blur, grain, exposure and contrast: float [S, S] -> uint8 [size, size]."""
     gain, gamma, black = rng.uniform(0.85, 1.1), rng.uniform(0.8, 1.25), rng.uniform(0, 0.06)
     film = film + smooth_noise(rng, film.shape[0], 5) * 0.022
-    film = film + rng.standard_normal(film.shape, dtype=np.float32) * np.float32(rng.uniform(0.008, 0.022))
+    film = film + rng.standard_normal(film.shape, dtype=np.float32) * np.float32(rng.uniform(0.006, 0.016))
     film = np.clip(film, 0, 1.1) ** np.float32(gamma) * np.float32(gain) + np.float32(black)
     image = Image.fromarray((np.clip(film, 0, 1) * 255).astype(np.uint8))
     if rng.uniform() < 0.5:
@@ -576,7 +582,9 @@ def plan(count, seed):
     """Who the images belong to: a Row an image. Patients come 1-3 times; splits by patient, 8:1:1."""
     rng, rows, patient = np.random.default_rng([seed, 0]), [], 0
     while len(rows) < count:
-        split = str(rng.choice(["train", "validate", "test"], p=[0.8, 0.1, 0.1]))
+        if patient % 10 == 0:
+            splits = rng.permutation(["train"] * 8 + ["validate", "test"])
+        split = str(splits[patient % 10])
         age, sex = int(rng.integers(18, 90)), "MF"[rng.integers(2)]
         for visit in range(min(rng.integers(1, 4), count - len(rows))):
             rows.append(Row(len(rows), patient, visit, split, age, sex, ("PA", "AP")[rng.integers(2)]))
@@ -982,7 +990,8 @@ def write_covid_chestxray(root, rows, job, run, variant):
                      finding=finding + ", ARDS" * (finding == "COVID-19" and row.patient % 9 == 0),
                      view="AP Supine" if row.index % 7 == 3 else row.view, date="2020", location="Phantom",
                      folder="images", filename=name, license="MIT",
-                     clinical_notes=" ".join(text for _, text in r["sections"][-2:]))
+                     clinical_notes=" ".join(
+                         text for name, text in r["sections"] if name in ("FINDINGS", "IMPRESSION")))
         lines.append([known.get(column, "") for column in header.split(",")])
     write_csv(f"{root}/metadata.csv", header, lines)
 
