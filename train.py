@@ -54,9 +54,9 @@ PAPER = dict(  # Table II and Sec. III-B; the released augmentation
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     crop=0.2, augment_ops=2, queries="published", text_encoder="emilyalsentzer/Bio_ClinicalBERT")
 SYNTHETIC = dict(  # phantoms of 64 pixels on two CPU cores
-    epochs=8, batch_size=64, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
-    backbone="small", image_size=64, dim=128, layers=2, heads=4, dropout=0.0, position="sincos",
-    crop=0.6, augment_ops=1, queries="corpus", text_encoder="hashing")
+    epochs=5, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
+    backbone="small", image_size=64, dim=96, layers=2, heads=4, dropout=0.0, position="sincos",
+    crop=0.6, augment_ops=0, queries="corpus", text_encoder="hashing")
 # flags that --resume may change freely; a change of any other is refused by name
 FREE = {"resume", "max_steps", "out_dir", "root", "cache_dir", "workers", "device", "log_every",
         "save_every", "accumulate", "compile"}
