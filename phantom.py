@@ -234,7 +234,7 @@ def draw_pneumothorax(c, anatomy):
     wall = (1 - c.chest) * 0.4 - depth * ramp(reach - c.y, 0.4)   # < 0 in the air outside the lung
     air = ramp(-wall, c.soft) * ramp(reach - c.y, 0.12) * c.lung[side]
     line = ramp(0.5 * c.soft + 0.006 - np.abs(wall), c.soft) * ramp(reach - c.y, 0.12) * c.lung[side]
-    change = -air * (0.11 + c.markings) + line * 0.14
+    change = -air * (0.15 + c.markings) + line * 0.22
     return [(change, air > 0.5)]
 
 
@@ -243,7 +243,7 @@ def draw_atelectasis(c, anatomy):
     x, y = side * rng.uniform(0.36, 0.56), c.base[side] - rng.uniform(0.10, 0.34)
     half, tilt = rng.uniform(0.16, 0.24), side * rng.normal(0.1, 0.22)
     plate = ramp(0.05 - segment(c, x - half, y - half * tilt, x + half, y + half * tilt), c.soft)
-    return in_lung(c, side, plate * np.float32(rng.uniform(0.20, 0.26)), plate)
+    return in_lung(c, side, plate * np.float32(rng.uniform(0.34, 0.42)), plate)
 
 
 def draw_cardiomegaly(c, anatomy):
@@ -257,7 +257,7 @@ def draw_elevation(c, anatomy):
 
 
 def draw_edema(c, anatomy):
-    strength, reach = c.rng.uniform(0.14, 0.20), c.rng.uniform(0.20, 0.27)
+    strength, reach = c.rng.uniform(0.17, 0.23), c.rng.uniform(0.20, 0.27)
     streaks = 1 + 0.25 * smooth_noise(c.rng, c.size, 18)
     wings = []
     for side in (LEFT, RIGHT):
@@ -286,7 +286,7 @@ def draw_fracture(c, anatomy):
     broken = np.where(along > 0, rib - 0.4, rib)
     bone = ramp(0.24 - np.abs(broken), 0.2)
     gap = ramp(0.03 - np.abs(along), c.soft) * (np.abs(rib - 0.2) < 0.5)
-    change = near * (0.30 * bone - 0.04 * rib_band(c.rib_phase) - 0.20 * gap)
+    change = near * (0.38 * bone - 0.04 * rib_band(c.rib_phase) - 0.25 * gap)
     return [(change, near > 0.5)]
 
 
@@ -303,7 +303,7 @@ def draw_tube(c, anatomy):
         d = segment(c, x + rng.normal(0, 0.03), -1.3, x, tip)
         seen = d < 0.06
     wall = ramp(0.032 - np.abs(d - 0.012), c.soft)
-    return [(wall * np.float32(rng.uniform(0.20, 0.28)), seen)]
+    return [(wall * np.float32(rng.uniform(0.32, 0.42)), seen)]
 
 
 LUNG_ZONES = [f"{side}_{zone}_lung" for side in ("left", "right") for zone in ZONES]
@@ -313,12 +313,12 @@ PLEURA = ["left_pleural", "right_pleural"]
 LOOKS = {
     "effusion": (1.2, PLEURA, draw_effusion),
     "pneumothorax": (1.0, ["left_apical_lung", "right_apical_lung"], draw_pneumothorax),
-    "consolidation": (1.2, LUNG_ZONES, draw_patch((0.26, 0.32), (0.22, 0.28), 0.5, fissure=True)),
-    "opacity": (1.2, LUNG_ZONES, draw_patch((0.14, 0.18), (0.24, 0.31), 1.2)),
-    "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.16, 0.20), (0.22, 0.29), 0.6, texture=1.5)),
-    "nodule": (1.1, LUNG_ZONES, draw_round((0.27, 0.33), (0.105, 0.135), 0.0)),
+    "consolidation": (1.2, LUNG_ZONES, draw_patch((0.38, 0.46), (0.22, 0.28), 0.5, fissure=True)),
+    "opacity": (1.2, LUNG_ZONES, draw_patch((0.20, 0.25), (0.24, 0.31), 1.2)),
+    "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.22, 0.27), (0.22, 0.29), 0.6, texture=1.5)),
+    "nodule": (1.1, LUNG_ZONES, draw_round((0.40, 0.48), (0.11, 0.14), 0.0)),
     "mass": (1.0, LUNG_ZONES[0:2] + LUNG_ZONES[3:5] + ["left_hilar", "right_hilar"],
-             draw_round((0.27, 0.33), (0.19, 0.25), 0.2)),
+             draw_round((0.38, 0.46), (0.19, 0.25), 0.2)),
     "atelectasis": (1.0, ["left_lower_lung", "right_lower_lung"], draw_atelectasis),
     "cardiomegaly": (0.8, ["heart_size"], draw_cardiomegaly),
     "edema": (0.8, ["hilar_unspec"], draw_edema),
