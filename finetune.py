@@ -192,9 +192,10 @@ def split_parts(args, table, labels):
         rows = np.array([i for i in table.rows(split) if i in targets], int)
         values = np.array([targets[i] for i in rows] or blank, np.int8)
         parts[split] = dict(rows=rows, targets=torch.from_numpy(values), features=None)
-        if not len(rows) and split != "validate":
-            raise InputError(f"{args.dataset} has nothing to use in its {split} split; "
-                             "--split-file makes another")
+        if split != "validate" and not {0, 1} <= {*np.unique(values)}:
+            raise InputError(f"the {split} split of {args.dataset} has {len(rows)} usable images, and "
+                             f"they do not both show and lack {' or '.join(labels[:3])}; "
+                             "--split-file makes another split")
     return parts
 
 
@@ -578,17 +579,17 @@ def choose_labels(args, table):
 def one_run(args, table, labels, parts, model):
     """One seed, from the subset to the test -> (metrics, arrays, figure, network)."""
     whole, held = parts["train"], dict(parts["validate"])
-    present = (whole["targets"] == 1).flatten(1)
+    present = whole["targets"].flatten(1) == 1                                  # [N,L]
     if args.task == "segmentation":
-        present = present.any(1, keepdim=True)
+        present = present.any(1, keepdim=True)                                  # [N,1]
     patients = np.array([table.patients[i] for i in whole["rows"]])
     index = nested_subset(patients, present.numpy(), args.ratio, args.seed)
     train = dict(rows=whole["rows"][index], targets=whole["targets"][index], features=None)
     if len(index) < len(labels):
         raise InputError(f"--ratio {args.ratio:g} leaves {len(index)} images for {len(labels)} "
                          "classes; take a larger one, or fewer classes by --label")
-    trained = [name for name, column in zip(labels, train["targets"].transpose(0, 1))
-               if {0, 1} <= {*column.unique().tolist()}]
+    targets = train["targets"].unbind(1) if args.task == "classification" else [train["targets"]]
+    trained = [name for name, t in zip(labels, targets) if {0, 1} <= {*t.unique().tolist()}]
     for name in [name for name in labels if name not in trained]:
         print(f"{name}: the {len(index)} training images do not both show and lack it; left out")
     if not trained:
