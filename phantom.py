@@ -1,11 +1,18 @@
-"""Synthetic chest radiographs with findings, masks, boxes and reports, in MIMIC-CXR-JPG's layout.
+"""Synthetic chest radiographs with findings, masks and reports, in the data sets' own folders.
 
-    python phantom.py --layout mimic --root data/synthetic --count 12000   # train.py does this itself
-    python phantom.py --layout mimic --root /tmp/phantom --count 200 --size 256
+    python phantom.py --layout nih --root data/nih --count 1000 --variant folders   # rehearse a set
+    python phantom.py --layout siim --root /tmp/siim --count 100 --size 256
+    python phantom.py --layout mimic --root /tmp/mimic --count 2000
+
+train.py draws its own data in the mimic layout on first use. Nothing here is meant to teach
+radiology: the looks are cartoons of thirteen findings, hard enough that brightness, one fixed point
+or the size of the heart do not give the answers away.
 
 Images are drawn in a chest frame: x runs over [-1, 1] from left to right of the image, y downwards,
-the spine at x = 0. The patient's left is on the image's RIGHT, as on every radiograph. One finding
-is (pathology, anatomy, mask); its cell of the existence matrix is (anatomy, pathology).
+the spine at x = 0. The patient's left is on the image's RIGHT, as on every radiograph. A finding is
+(pathology, anatomy, mask); its cell of the existence matrix is (anatomy, pathology).
+
+S pixels a side. Boxes are (x, y, width, height) in pixels from the top left corner.
 """
 import collections
 import csv
@@ -47,6 +54,10 @@ def smooth_noise(rng, size, cells):
     return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
 
 
+def pick(rng, *things):
+    return things[rng.integers(len(things))]
+
+
 def ramp(distance, width):
     """0 outside, 1 inside, linear over `width` around distance 0."""
     return np.clip(distance * (1 / width) + 0.5, 0, 1)
@@ -68,7 +79,7 @@ def segment(c, x0, y0, x1, y1):
     return np.sqrt((c.x - x0 - along * dx) ** 2 + (c.y - y0 - along * dy) ** 2)
 
 
-def pose_chest(rng, size, names):
+def pose_chest(rng, size, wanted):
     """Geometry of one patient: a namespace of fields [S, S]; findings that move organs act here."""
     c = types.SimpleNamespace(size=size, rng=rng)
     px, py = pixel_grid(size)
@@ -84,10 +95,11 @@ def pose_chest(rng, size, names):
     c.base = {LEFT: rng.normal(0.56, 0.04), RIGHT: rng.normal(0.50, 0.04)}      # diaphragm tops
     c.raised = {}
     for side, name in ((LEFT, "left_diaphragm"), (RIGHT, "right_diaphragm")):
-        if ("elevation", name) in names:
+        if ("elevation", name) in wanted:
             c.raised[side] = c.base[side]
             c.base[side] -= rng.uniform(0.24, 0.34)
-    grow = rng.uniform(1.32, 1.55) if ("cardiomegaly", "heart_size") in names else rng.uniform(0.88, 1.06)
+    large = ("cardiomegaly", "heart_size") in wanted
+    grow = rng.uniform(1.32, 1.55) if large else rng.uniform(0.88, 1.06)
     c.heart_at, c.heart_r = (0.10 + 0.05 * grow, 0.32), (0.35 * grow, 0.27 * grow ** 0.6)
     c.heart = disc(c, *c.heart_at, *c.heart_r, angle=0.35)
 
@@ -100,7 +112,8 @@ def pose_chest(rng, size, names):
         c.space[side] = ramp(field, c.soft)           # lung, the part behind the heart included
         field = np.minimum(field, (c.heart - 1) * 0.2)
         if side == LEFT:
-            field = np.minimum(field, (disc(c, 0.07, -0.26, 0.12, 0.15) - 1) * 0.06)    # aortic knob
+            knob = disc(c, 0.07, -0.26, 0.12, 0.15)   # of the aorta
+            field = np.minimum(field, (knob - 1) * 0.06)
         c.lung[side] = ramp(field, c.soft)
     c.rib_start = rng.uniform()                       # ribs are where the phase is a whole number
     c.rib_phase = (c.y - 0.33 * c.x_abs * c.x_abs) * (1 / 0.2) + np.float32(c.rib_start)
@@ -113,7 +126,7 @@ def rib_band(phase):
 
 
 def render_chest(c, rng):
-    """The film without findings, float32 [S, S]: air 0, lung about 0.25, soft tissue 0.6, metal 1."""
+    """The film without findings, float32 [S, S]: air 0, lung near 0.25, tissue 0.6, metal 1."""
     neck = c.x_abs - 0.22                             # > 0 on the shoulders
     body = ramp(c.y + 0.98 - np.minimum(0.45 * neck, 8 * neck), 0.16) * ramp(1.04 - c.x_abs, 0.12)
     film = body * (0.60 - 0.9 * np.maximum(c.x_abs - 0.72, 0) ** 2)             # thinner sides
@@ -121,7 +134,8 @@ def render_chest(c, rng):
     film -= lungs * np.float32(rng.uniform(0.32, 0.40))
     c.markings = 0.035 * smooth_noise(rng, c.size, 22) * lungs
     c.markings *= np.exp(-3.0 * (c.x_abs - 0.14) ** 2 - 2.0 * (c.y - 0.02) ** 2)
-    film += c.markings + 0.09 * np.exp(-40 * (c.x_abs - 0.19) ** 2 - 18 * (c.y - 0.02) ** 2)    # hila
+    hila = np.exp(-40 * (c.x_abs - 0.19) ** 2 - 18 * (c.y - 0.02) ** 2)
+    film += c.markings + 0.09 * hila
     film += c.cage * rib_band(c.rib_phase) * np.float32(rng.uniform(0.035, 0.055))
     film += ramp(1 - c.heart, 0.5) * 0.06
     film += ramp(0.10 - c.x_abs, 0.05) * (0.035 + 0.02 * np.cos(c.y * 44))      # spine
@@ -180,7 +194,7 @@ def place_in_lung(c, anatomy, radius):
 
 def in_lung(c, side, change, shape):
     """Density adds up in air; before the heart or ribs a lesion shows less."""
-    change = change * c.space[side] * np.clip((0.75 - c.film) * 2.5, 0.2, 1)
+    change = change * c.space[side] * np.clip((0.75 - c.film) * 2.5, 0.5, 1)
     return [(change, (shape > 0.35) & (c.space[side] > 0.5))]
 
 
@@ -191,8 +205,10 @@ def draw_patch(strength, radii, fall, texture=0.0, fissure=False):
         rng, r = c.rng, c.rng.uniform(*radii)
         x, y, side = place_in_lung(c, anatomy, r)
         ragged = 1 + 0.2 * smooth_noise(rng, c.size, 9)
-        wide, high = (1.25, 1.1) if fissure else (1.0, rng.uniform(0.75, 1.15))
-        shape = ramp(ragged - disc(c, x, y, wide * r, high * r, 0 if fissure else rng.uniform(0, 3)), fall)
+        wide, high, turn = 1.0, rng.uniform(0.75, 1.15), rng.uniform(0, 3)
+        if fissure:
+            wide, high, turn = 1.25, 1.1, 0.0
+        shape = ramp(ragged - disc(c, x, y, wide * r, high * r, turn), fall)
         if fissure:
             shape = shape * ramp(y + 0.05 - c.y + rng.normal(0, 0.15) * (c.x - x), c.soft)
         if texture:
@@ -225,16 +241,18 @@ def draw_effusion(c, anatomy):
     out = np.clip(c.x * side, 0, 1)
     above = level + 0.10 - rise * out * out * out * 2.2 - c.y     # > 0 above the fluid
     fluid = ramp(-above, 0.07) * c.lung[side]
-    return [(fluid * np.maximum(0.60 - c.film, 0) * np.float32(rng.uniform(0.75, 1.0)), fluid > 0.5)]
+    density = np.float32(rng.uniform(0.75, 1.0))
+    return [(fluid * np.maximum(0.60 - c.film, 0) * density, fluid > 0.5)]
 
 
 def draw_pneumothorax(c, anatomy):
     side, rng = side_of(anatomy), c.rng
-    depth, reach = rng.uniform(0.09, 0.14), rng.uniform(-0.32, 0.05)
+    depth, reach = rng.uniform(0.11, 0.16), rng.uniform(-0.32, 0.05)
     wall = (1 - c.chest) * 0.4 - depth * ramp(reach - c.y, 0.4)   # < 0 in the air outside the lung
-    air = ramp(-wall, c.soft) * ramp(reach - c.y, 0.12) * c.lung[side]
-    line = ramp(0.5 * c.soft + 0.006 - np.abs(wall), c.soft) * ramp(reach - c.y, 0.12) * c.lung[side]
-    change = -air * (0.15 + c.markings) + line * 0.22
+    where = ramp(reach - c.y, 0.12) * c.lung[side]
+    air = ramp(-wall, c.soft) * where
+    line = ramp(0.5 * c.soft + 0.006 - np.abs(wall), c.soft) * where              # the pleura
+    change = -air * (0.18 + c.markings) + line * 0.28
     return [(change, air > 0.5)]
 
 
@@ -243,7 +261,7 @@ def draw_atelectasis(c, anatomy):
     x, y = side * rng.uniform(0.36, 0.56), c.base[side] - rng.uniform(0.10, 0.34)
     half, tilt = rng.uniform(0.16, 0.24), side * rng.normal(0.1, 0.22)
     plate = ramp(0.05 - segment(c, x - half, y - half * tilt, x + half, y + half * tilt), c.soft)
-    return in_lung(c, side, plate * np.float32(rng.uniform(0.34, 0.42)), plate)
+    return in_lung(c, side, plate * np.float32(rng.uniform(0.40, 0.48)), plate)
 
 
 def draw_cardiomegaly(c, anatomy):
@@ -271,14 +289,15 @@ def draw_covid(c, anatomy):
     rng, patches = c.rng, []
     grain = np.clip(1 + 0.6 * smooth_noise(rng, c.size, 20), 0, 2)
     for side in (LEFT, RIGHT):
-        shape = ramp(1 - disc(c, side * 0.68, rng.uniform(0.08, 0.22), rng.uniform(0.22, 0.28), 0.34), 0.8)
+        y, wide = rng.uniform(0.08, 0.22), rng.uniform(0.22, 0.28)
+        shape = ramp(1 - disc(c, side * 0.68, y, wide, 0.34), 0.8)
         patches += in_lung(c, side, shape * grain * np.float32(rng.uniform(0.16, 0.22)), shape)
     return patches
 
 
 def draw_fracture(c, anatomy):
     rng = c.rng
-    side, x, k = (LEFT, RIGHT)[rng.integers(2)], rng.uniform(0.38, 0.60), rng.integers(-2, 2)
+    side, x, k = pick(rng, LEFT, RIGHT), rng.uniform(0.38, 0.60), rng.integers(-2, 2)
     y = (float(k) - c.rib_start) * 0.2 + 0.33 * x * x             # on the k-th rib
     along, rib = c.x * side - x, c.rib_phase - k                  # outwards; 0 on the rib, 1 = next
     near = ramp(1 - disc(c, side * x, y, 0.22, 0.17), 0.3)
@@ -286,7 +305,7 @@ def draw_fracture(c, anatomy):
     broken = np.where(along > 0, rib - 0.4, rib)
     bone = ramp(0.24 - np.abs(broken), 0.2)
     gap = ramp(0.03 - np.abs(along), c.soft) * (np.abs(rib - 0.2) < 0.5)
-    change = near * (0.38 * bone - 0.04 * rib_band(c.rib_phase) - 0.25 * gap)
+    change = near * (0.55 * bone - 0.04 * rib_band(c.rib_phase) - 0.35 * gap)
     return [(change, near > 0.5)]
 
 
@@ -303,7 +322,7 @@ def draw_tube(c, anatomy):
         d = segment(c, x + rng.normal(0, 0.03), -1.3, x, tip)
         seen = d < 0.06
     wall = ramp(0.032 - np.abs(d - 0.012), c.soft)
-    return [(wall * np.float32(rng.uniform(0.32, 0.42)), seen)]
+    return [(wall * np.float32(rng.uniform(0.40, 0.50)), seen)]
 
 
 LUNG_ZONES = [f"{side}_{zone}_lung" for side in ("left", "right") for zone in ZONES]
@@ -314,9 +333,9 @@ LOOKS = {
     "effusion": (1.2, PLEURA, draw_effusion),
     "pneumothorax": (1.0, ["left_apical_lung", "right_apical_lung"], draw_pneumothorax),
     "consolidation": (1.2, LUNG_ZONES, draw_patch((0.38, 0.46), (0.22, 0.28), 0.5, fissure=True)),
-    "opacity": (1.2, LUNG_ZONES, draw_patch((0.20, 0.25), (0.24, 0.31), 1.2)),
-    "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.22, 0.27), (0.22, 0.29), 0.6, texture=1.5)),
-    "nodule": (1.1, LUNG_ZONES, draw_round((0.40, 0.48), (0.11, 0.14), 0.0)),
+    "opacity": (1.2, LUNG_ZONES, draw_patch((0.22, 0.27), (0.24, 0.31), 1.2)),
+    "pneumonia": (1.1, LUNG_ZONES, draw_patch((0.30, 0.36), (0.22, 0.29), 0.6, texture=1.5)),
+    "nodule": (1.1, LUNG_ZONES, draw_round((0.44, 0.52), (0.115, 0.145), 0.0)),
     "mass": (1.0, LUNG_ZONES[0:2] + LUNG_ZONES[3:5] + ["left_hilar", "right_hilar"],
              draw_round((0.38, 0.46), (0.19, 0.25), 0.2)),
     "atelectasis": (1.0, ["left_lower_lung", "right_lower_lung"], draw_atelectasis),
@@ -327,7 +346,7 @@ LOOKS = {
     "elevation": (0.9, ["left_diaphragm", "right_diaphragm"], draw_elevation),
 }
 
-UNSEEN = {"covid-19": (0, ["lung_bases"], draw_covid)}   # drawn by two layouts only, never trained on
+UNSEEN = {"covid-19": (0, ["lung_bases"], draw_covid)}   # in two layouts only, not in mimic
 
 # findings that would hide each other share a spot; one image has at most one finding a spot
 SPOTS = {"pleural": "lower", "diaphragm": "lower", "lower_lung": "lower", "apical_lung": "upper",
@@ -365,11 +384,12 @@ def choose_findings(rng, among=None, sure=None):
 
     if sure:
         add(sure, (LOOKS | UNSEEN)[sure][1])
-    for name in rng.choice(names, size=min(wanted, len(names)), replace=False, p=weights / weights.sum()):
+    weights = weights / weights.sum()
+    for name in rng.choice(names, size=min(wanted, len(names)), replace=False, p=weights).tolist():
         if name not in [p for p, _ in chosen]:
-            add(str(name), LOOKS[name][1])
+            add(name, LOOKS[name][1])
         pathology, anatomy = chosen[-1] if chosen else ("", "")
-        if pathology in ("consolidation", "pneumonia") and "effusion" in names and rng.uniform() < 0.3:
+        if pathology in ("consolidation", "pneumonia") and not among and rng.uniform() < 0.3:
             if "effusion" not in [p for p, _ in chosen]:
                 add("effusion", [anatomy.split("_")[0] + "_pleural"])
     return chosen
@@ -392,9 +412,9 @@ def draw(rng, size=64, findings=None):
     """One radiograph.
 
     findings: list of (pathology, anatomy) to draw; by default `choose_findings` draws 0-3.
-    Returns {"image" uint8 [size, size], "findings" list of {"pathology", "anatomy",
-    "box" (x, y, w, h) in pixels, "mask" bool [size, size]}, "lungs" bool [size, size], "report" str,
-    and the report's parts "sections", "mentions" as in `dictate`}.
+    Returns {"image" uint8 [S, S]; "findings": a list of {"pathology", "anatomy", "box", "mask" bool
+    [S, S]}; "lungs" bool [S, S]; "report" str as in a MIMIC file; "sections" and "mentions" of it,
+    see `dictate`}.
     """
     wanted = choose_findings(rng) if findings is None else list(findings)
     small = min(size, DETAIL)
@@ -416,15 +436,16 @@ def draw(rng, size=64, findings=None):
     for pathology, anatomy, mask in drawn:
         found.append(dict(pathology=pathology, anatomy=anatomy, box=bounding_box(mask), mask=mask))
     sections, mentions = dictate(rng, list(dict.fromkeys((p, a) for p, a, _ in drawn)))
-    return dict(image=image, findings=found, lungs=lungs, report=lay_out(sections), sections=sections,
-                mentions=mentions)
+    return dict(image=image, findings=found, lungs=lungs, report=lay_out(sections),
+                sections=sections, mentions=mentions)
 
 
 def develop(film, rng, size):
     """Blur, grain, exposure and contrast: float [S, S] -> uint8 [size, size]."""
     gain, gamma, black = rng.uniform(0.85, 1.1), rng.uniform(0.8, 1.25), rng.uniform(0, 0.06)
     film = film + smooth_noise(rng, film.shape[0], 5) * 0.022
-    film = film + rng.standard_normal(film.shape, dtype=np.float32) * np.float32(rng.uniform(0.006, 0.016))
+    grain = rng.standard_normal(film.shape, dtype=np.float32)
+    film = film + grain * np.float32(rng.uniform(0.006, 0.016))
     film = np.clip(film, 0, 1.1) ** np.float32(gamma) * np.float32(gain) + np.float32(black)
     image = Image.fromarray((np.clip(film, 0, 1) * 255).astype(np.uint8))
     if rng.uniform() < 0.5:
@@ -437,24 +458,26 @@ def develop(film, rng, size):
 # ------------------------------------------------------------------------------------------------
 # The report: what a radiologist might dictate about the drawn findings
 
-REASONS = ["cough", "fever", "shortness of breath", "chest pain", "hypoxia", "fall", "weakness"]
-AMOUNT = ["", "", "small ", "moderate ", "mild ", "large "]
-
-# {where} is a zone phrase ("left upper lung"), {side} left or right, {amount} a word or nothing
+# {where} is a place in words, {side} left or right, {amount} a word or nothing; capitals likewise
 _PATCH = ["{Amount}{name} in the {where}.", "There is {amount}{name} in the {where}.",
           "{Where} {name}.", "{Where} {name} is noted.", "{Amount}{name} is seen in the {where}."]
 _BALL = ["{A} {name} in the {where}.", "There is a {name} in the {where}.", "{Where} {name}.",
          "A {name} projects over the {where}."]
 STATED = {
     "effusion": ["{Amount}{side} pleural effusion.", "There is a {amount}{side} pleural effusion.",
-                 "{Amount}pleural effusion on the {side}.", "{Amount}{side}-sided pleural effusion is seen.",
+                 "{Amount}pleural effusion on the {side}.",
+                 "{Amount}{side}-sided pleural effusion is seen.",
                  "Blunted {side} costophrenic angle from a {side} pleural effusion."],
-    "pneumothorax": ["{Amount}{side} apical pneumothorax.", "There is a {amount}{side} apical pneumothorax.",
-                     "{Amount}pneumothorax at the {side} apex.", "{Side} apical pneumothorax is present."],
+    "pneumothorax": ["{Amount}{side} apical pneumothorax.",
+                     "{Side} apical pneumothorax is present.",
+                     "There is a {amount}{side} apical pneumothorax.",
+                     "{Amount}pneumothorax at the {side} apex."],
     "consolidation": _PATCH, "opacity": _PATCH, "pneumonia": _PATCH, "nodule": _BALL, "mass": _BALL,
     "atelectasis": ["{Side} basilar atelectasis.", "{Amount}atelectasis at the {side} lung base.",
-                    "Plate-like atelectasis in the {where}.", "There is {amount}atelectasis at the {side} base."],
-    "cardiomegaly": ["{Amount}cardiomegaly.", "There is {amount}cardiomegaly.", "Cardiomegaly is present."],
+                    "Plate-like atelectasis in the {where}.",
+                    "There is {amount}atelectasis at the {side} base."],
+    "cardiomegaly": ["{Amount}cardiomegaly.", "There is {amount}cardiomegaly.",
+                     "Cardiomegaly is present."],
     "edema": ["Bilateral perihilar edema.", "There is {amount}perihilar edema on both sides.",
               "{Amount}bilateral perihilar pulmonary edema."],
     "fracture": ["Displaced {side} rib fracture.", "There is a rib fracture on the {side}.",
@@ -463,45 +486,36 @@ STATED = {
              "There is a {side} pleural tube."],
     "trachea": ["Endotracheal tube in the trachea.", "An endotracheal tube is in the trachea.",
                 "There is a tube in the trachea."],
-    "covid-19": ["Peripheral opacities at both lung bases.", "There are bilateral basilar opacities."],
     "elevation": ["Elevation of the {side} hemidiaphragm.", "The {side} hemidiaphragm is elevated.",
-                  "There is elevation of the {side} hemidiaphragm.", "Elevated {side} hemidiaphragm."],
-}
-DENIED = {"effusion": "pleural effusion", "pneumothorax": "pneumothorax", "opacity": "focal opacity",
-          "consolidation": "focal consolidation", "pneumonia": "pneumonia", "nodule": "nodule",
-          "mass": "mass", "atelectasis": "atelectasis", "cardiomegaly": "cardiomegaly",
-          "edema": "pulmonary edema", "fracture": "rib fracture", "tube": "endotracheal tube",
-          "elevation": "elevation of the hemidiaphragm"}
+                  "There is elevation of the {side} hemidiaphragm.",
+                  "Elevated {side} hemidiaphragm."],
+    "covid-19": ["Peripheral opacities at both lung bases.",
+                 "There are bilateral basilar opacities."]}
 HEDGED = ["Possible {name} in the {where}.", "{Name} in the {where} cannot be excluded."]
+DENIED = {"effusion": "pleural effusion", "opacity": "focal opacity", "edema": "pulmonary edema",
+          "consolidation": "focal consolidation", "fracture": "rib fracture",
+          "tube": "endotracheal tube", "elevation": "elevation of the hemidiaphragm"}
 
 
-def where_phrase(anatomy, rng):
-    """An anatomy in a radiologist's words: left_upper_lung -> "left upper lung zone"."""
+def place_words(anatomy, rng):
+    """An anatomy in a radiologist's words: left_upper_lung -> "upper zone of the left lung"."""
     side, _, rest = anatomy.partition("_")
-    zone, _, lung = rest.partition("_")
-    if lung == "lung" and zone in ZONES:
-        return rng.choice([f"{side} {zone} lung", f"{side} {zone} lung zone", f"{zone} zone of the {side} lung",
-                           f"{zone} {side} lung"])
-    return {"hilar": f"{side} hilum", "pleural": f"{side} pleural space",
-            "apical_lung": f"{side} lung apex", "diaphragm": f"{side} hemidiaphragm",
-            "size": "heart", "unspec": "hila"}.get(rest, anatomy)
+    zone = rest.split("_")[0]
+    if zone in ZONES:
+        return pick(rng, f"{side} {zone} lung", f"{side} {zone} lung zone",
+                    f"{zone} zone of the {side} lung", f"{zone} {side} lung")
+    return f"{side} hilum" if rest == "hilar" else anatomy.replace("_", " ")
 
 
-def state(templates, pathology, anatomy, rng, side):
-    text = str(rng.choice(templates))
-    name, where, amount = pathology, where_phrase(anatomy, rng), rng.choice(AMOUNT)
-    text = text.format(name=name, Name=name.capitalize(), where=where, Where=where.capitalize(), side=side,
-                       Side=side.capitalize(), amount=amount, Amount=amount, A=rng.choice(["Small", "Round", "A"]))
-    return text[0].upper() + text[1:]
-
-
-def describe(pathology, anatomy, rng):
-    side = "left" if "left" in anatomy else "right" if "right" in anatomy else str(rng.choice(["left", "right"]))
-    return state(STATED["trachea" if anatomy == "trachea" else pathology], pathology, anatomy, rng, side)
-
-
-def join_names(names):
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " or " + names[-1]
+def sentence(templates, pathology, anatomy, rng):
+    side = {LEFT: "left", RIGHT: "right", 0: pick(rng, "left", "right")}[side_of(anatomy)]
+    where = place_words(anatomy, rng)
+    amount = pick(rng, "", "", "small ", "moderate ", "mild ", "large ")
+    said = pick(rng, *templates).format(
+        name=pathology, Name=pathology.capitalize(), where=where, Where=where.capitalize(),
+        side=side, Side=side.capitalize(), amount=amount, Amount=amount,
+        A=pick(rng, "Small", "Round", "A"))
+    return said[0].upper() + said[1:]
 
 
 def dictate(rng, cells):
@@ -516,45 +530,48 @@ def dictate(rng, cells):
         if luck < 0.07:
             continue
         if luck < 0.10 and anatomy in LUNG_ZONES:
-            seen.append(state(HEDGED, pathology, anatomy, rng, ""))
+            seen.append(sentence(HEDGED, pathology, anatomy, rng))
             mentions.setdefault(pathology, -1)
             continue
-        seen.append(describe(pathology, anatomy, rng))
-        impression.append(describe(pathology, anatomy, rng))
+        templates = STATED["trachea" if anatomy == "trachea" else pathology]
+        seen.append(sentence(templates, pathology, anatomy, rng))
+        impression.append(sentence(templates, pathology, anatomy, rng))
         mentions[pathology] = 1
     drawn = {pathology for pathology, _ in cells}
     absent = [p for p in LOOKS if p not in drawn and rng.uniform() < 0.3]
     mentions.update((p, 0) for p in absent)
-    absent = [DENIED[p] for p in absent]
     while absent:
         several = rng.integers(1, 4)
-        names, absent = absent[:several], absent[several:]
-        opening = rng.choice(["No {}.", "There is no {}.", "No evidence of {}.", "There is no evidence of {}."])
-        seen.append(str(opening).format(join_names(names)))
+        *first, last = [DENIED.get(p, p) for p in absent[:several]]
+        absent = absent[several:]
+        seen.append(pick(rng, "No ", "There is no ", "No evidence of ", "There is no evidence of ")
+                    + (", ".join(first) + " or " if first else "") + last + ".")
     if "cardiomegaly" not in drawn and rng.uniform() < 0.4:
-        seen.append(str(rng.choice(["Heart size is normal.", "The heart is normal in size."])))
+        seen.append(pick(rng, "Heart size is normal.", "The heart is normal in size."))
     if rng.uniform() < 0.3:
-        seen.append(str(rng.choice(["The mediastinal contours are unremarkable.",
-                                    "Mediastinal contours are normal.", "Osseous structures are intact."])))
+        seen.append(pick(rng, "The mediastinal contours are unremarkable.",
+                         "Mediastinal contours are normal.", "Osseous structures are intact."))
     if not drawn:
         if rng.uniform() < 0.5:
-            seen.insert(0, str(rng.choice(["The lungs are clear.", "Lungs are clear."])))
-        impression.append(str(rng.choice(["No acute cardiopulmonary process.", "Normal chest radiograph."])))
-    seen = [seen[i] for i in rng.permutation(len(seen))]
-    sex = rng.choice(["F", "M"])
-    sections = [("EXAMINATION", str(rng.choice(["CHEST (PORTABLE AP)", "CHEST RADIOGRAPH", "Chest PA"]))),
-                ("INDICATION", f"___{sex} with {rng.choice(REASONS)}.  Evaluate for "
-                               f"{rng.choice(['pneumonia', 'effusion', 'pneumothorax', 'acute process'])}.")]
+            seen.append(pick(rng, "The lungs are clear.", "Lungs are clear."))
+        impression.append(pick(rng, "No acute cardiopulmonary process.",
+                               "Normal chest radiograph."))
+    seen, impression = " ".join(seen[i] for i in rng.permutation(len(seen))), " ".join(impression)
+
+    reason = pick(rng, "cough", "fever", "shortness of breath", "chest pain", "hypoxia", "fall")
+    fear = pick(rng, "pneumonia", "effusion", "pneumothorax", "acute process")  # no finding
+    sections = [("EXAMINATION", pick(rng, "CHEST (PORTABLE AP)", "CHEST RADIOGRAPH", "Chest PA")),
+                ("INDICATION", f"___{pick(rng, 'F', 'M')} with {reason}.  Evaluate for {fear}.")]
     if rng.uniform() < 0.5:
-        sections.append(("COMPARISON", str(rng.choice(["None.", "Chest radiograph from ___."]))))
-    seen, impression = " ".join(seen), " ".join(impression)
-    style = rng.uniform()                             # the findings section alone, the other, both
+        sections.append(("COMPARISON", pick(rng, "None.", "Chest radiograph from ___.")))
+    style = rng.uniform()                             # findings alone, impression alone, or both
     if style < 0.15 and seen:
         sections.append(("FINDINGS", seen))
     elif style < 0.35:
         sections.append(("IMPRESSION", seen or impression or "Comparison with prior films."))
     else:
-        sections += [("FINDINGS", seen or "Single frontal view."), ("IMPRESSION", impression or "As above.")]
+        sections += [("FINDINGS", seen or "Single frontal view."),
+                     ("IMPRESSION", impression or "As above.")]
     return sections, mentions
 
 
@@ -562,9 +579,8 @@ def lay_out(sections):
     """MIMIC's page: FINAL REPORT, one leading space a line, 79 columns, " " for a blank line."""
     lines = [" " * 33 + "FINAL REPORT"]
     for header, text in sections:
-        lines += [f" {header}:  "] if header in ("FINDINGS", "IMPRESSION") else []
         if header in ("FINDINGS", "IMPRESSION"):
-            lines.append(" ")
+            lines += [f" {header}:  ", " "]
         else:
             text = f"{header}:  {text}"
         lines += [" " + line for line in textwrap.wrap(text, 78)] + [" "]
@@ -572,426 +588,471 @@ def lay_out(sections):
 
 
 # ------------------------------------------------------------------------------------------------
-# From drawings to files. A job is a dict that says what to draw and which files to write; workers
-# run jobs and hand back what the label files need.
+# From drawings to files. A film says what to draw and where to write it; a worker draws it and adds
+# what the label files need: cells, boxes, mentions, sections, rle.
 
 Row = collections.namedtuple("Row", "index patient visit split age sex view")
 
 
 def plan(count, seed):
-    """Who the images belong to: a Row an image. Patients come 1-3 times; splits by patient, 8:1:1."""
+    """Who the images are of, a Row each: patients come 1-3 times; splits by patient, 8:1:1."""
     rng, rows, patient = np.random.default_rng([seed, 0]), [], 0
     while len(rows) < count:
         if patient % 10 == 0:
-            splits = rng.permutation(["train"] * 8 + ["validate", "test"])
-        split = str(splits[patient % 10])
-        age, sex = int(rng.integers(18, 90)), "MF"[rng.integers(2)]
+            splits = rng.permutation(["train"] * 8 + ["validate", "test"]).tolist()
+        age, sex = int(rng.integers(18, 90)), pick(rng, "M", "F")
         for visit in range(min(rng.integers(1, 4), count - len(rows))):
-            rows.append(Row(len(rows), patient, visit, split, age, sex, ("PA", "AP")[rng.integers(2)]))
+            rows.append(Row(len(rows), patient, visit, splits[patient % 10], age, sex,
+                            pick(rng, "PA", "AP")))
         patient += 1
     return rows
 
 
-def names(seed, row):
-    """The random generator of an image's file names, apart from the one that draws it."""
-    return np.random.default_rng([seed, 2, row.index])
-
-
-def uuid4(rng):
-    return str(uuid.UUID(bytes=rng.bytes(16), version=4))
-
-
-def run_job(job):
-    """Draw one image and write its files; returns {"cells", "boxes", "mentions", "sections", "rle"}."""
-    rng, size = np.random.default_rng(job["seed"]), job["size"]
-    sure, rate = job.get("sure", ("", 0))
-    found = choose_findings(rng, job.get("among"), sure if rng.uniform() < rate else None)
-    drawn = draw(rng, size, found)
-    for path in (job[kind] for kind in ("image", "report", "bits", "mask", "lungs") if job.get(kind)):
+def make(film):
+    """Draw one film and write its files. `sure` (pathology, rate) and `among` steer the findings;
+    `of` names the pathology whose masks are written."""
+    rng = np.random.default_rng([film.seed, 1, film.row.index])
+    sure, rate = getattr(film, "sure", (None, 0))
+    sure = sure if rng.uniform() < rate else None
+    drawn = draw(rng, film.size, choose_findings(rng, getattr(film, "among", None), sure))
+    of, found = getattr(film, "of", None), drawn["findings"]
+    masks = [f["mask"] for f in found if of in (None, f["pathology"])]
+    files = {"image": Image.fromarray(drawn["image"])}
+    if masks:                                         # bit k: the image's k-th row in boxes.csv
+        files["bits"] = Image.fromarray(sum(m.astype(np.uint8) << k for k, m in enumerate(masks)))
+    files["mask"] = Image.fromarray(np.any(masks or [drawn["lungs"] & False], 0)).convert("L")
+    files["lungs"] = Image.fromarray(drawn["lungs"]).convert("L")
+    files["report"] = drawn["report"]
+    for kind in files.keys() & vars(film).keys():
+        path = getattr(film, kind)
         os.makedirs(os.path.dirname(path), exist_ok=True)
-    save_image(job, drawn["image"])
-    masks = [f["mask"] for f in drawn["findings"] if f["pathology"] == job.get("of", f["pathology"])]
-    if "report" in job:
-        with open(job["report"], "w", newline="") as file:
-            file.write(drawn["report"])
-    if "bits" in job and masks:                       # bit k: the image's k-th row in boxes.csv
-        bits = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks))
-        Image.fromarray(bits).save(job["bits"])
-    if "mask" in job:
-        Image.fromarray(np.any(masks, 0) if masks else np.zeros((size, size), bool)).convert("L").save(job["mask"])
-    if "lungs" in job:
-        Image.fromarray(drawn["lungs"]).convert("L").save(job["lungs"])
-    return dict(cells=[(f["pathology"], f["anatomy"]) for f in drawn["findings"]],
-                boxes=[f["box"] for f in drawn["findings"]], mentions=drawn["mentions"],
-                sections=drawn["sections"], rle=[rle for m in masks for rle in encode_rle(m)] if "of" in job else [])
+        if kind == "report":
+            write_text(path, files[kind])
+        elif kind != "image":
+            files[kind].save(path)
+        else:
+            save_image(film, files[kind])
+    film.cells = [(f["pathology"], f["anatomy"]) for f in found]
+    film.boxes = [f["box"] for f in found]
+    film.rle = [runs for mask in masks for runs in encode_rle(mask)] if of else []
+    film.mentions, film.sections = drawn["mentions"], dict(drawn["sections"])
+    return film
 
 
 def encode_rle(mask, frame=1024):
-    """SIIM's runs of a mask in its 1024-pixel frame: gap since the last run and length, column by column.
+    """SIIM's runs in its 1024-pixel frame, column by column: gap since the last run, then length.
 
     Tall masks come as two overlapping pieces, as if drawn by two readers.
     """
     mask = np.asarray(Image.fromarray(mask).resize((frame, frame), Image.Resampling.NEAREST))
-    rows, runs = np.flatnonzero(mask.any(1)), []
+    rows, pieces = np.flatnonzero(mask.any(1)), []
     cut = (rows[0] + rows[-1]) // 2
-    pieces = [(0, cut + 9), (cut - 9, frame)] if rows[-1] - rows[0] > 0.25 * frame else [(0, frame)]
-    for top, end in pieces:
+    tall = rows[-1] - rows[0] > 0.25 * frame
+    for top, end in [(0, cut + 9), (cut - 9, frame)] if tall else [(0, frame)]:
         flat = np.zeros(frame * frame + 2, np.int8)   # a zero before and after
         flat[1:-1].reshape(frame, frame).T[top:end] = mask[top:end]
         edges = np.flatnonzero(np.diff(flat))
-        runs.append(" ".join(map(str, np.diff(edges, prepend=0))))
-    return runs
+        pieces.append(" ".join(map(str, np.diff(edges, prepend=0))))
+    return pieces
 
 
-def save_image(job, image):
-    """PNG, JPEG or DICOM by the ending of the path; job["shape"] (height, width) stretches it."""
-    image = Image.fromarray(image).convert(job.get("mode", "L"))
-    if "shape" in job:
-        image = image.resize(job["shape"][::-1], Image.Resampling.BICUBIC)
-    if job["image"].endswith(".dcm"):
-        save_dicom(job, image)
-    elif job["image"].endswith(".png"):
-        image.save(job["image"], compress_level=1)
+def save_image(film, image):
+    """PNG, JPEG or DICOM by the ending of film.image; film.shape (height, width) stretches it."""
+    image = image.convert(getattr(film, "mode", "L"))
+    if hasattr(film, "shape"):
+        image = image.resize(film.shape[::-1], Image.Resampling.BICUBIC)
+    if film.image.endswith(".dcm"):
+        save_dicom(film, image)
+    elif film.image.endswith(".png"):
+        image.save(film.image, compress_level=1)
     else:
-        image.save(job["image"], quality=95)
+        image.save(film.image, quality=95)
 
 
-def save_dicom(job, image):
-    """A file like RSNA's and SIIM's: 8-bit MONOCHROME2 in baseline JPEG, bare age, lossy flag.
+def save_dicom(film, image):
+    """A file like RSNA's and SIIM's: 8-bit MONOCHROME2 in baseline JPEG, lossy flag, bare age.
 
-    job["raw"]: 12 bits in 16, MONOCHROME1, uncompressed, with rescale and window, as hospitals send.
+    film.raw: 12 bits in 16, MONOCHROME1, uncompressed, rescaled, windowed, as hospitals send it.
     """
     import pydicom
+    from pydicom import uid
     from pydicom.encaps import encapsulate
-    d, row, (study, series, sop) = pydicom.Dataset(), job["row"], job["uids"]
-    d.file_meta = pydicom.dataset.FileMetaDataset()
-    d.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian if job["raw"] else pydicom.uid.JPEGBaseline8Bit
-    with pydicom.config.disable_value_validation():   # PatientAge "58" has no unit
-        d.SOPClassUID = d.file_meta.MediaStorageSOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-        d.SOPInstanceUID = d.file_meta.MediaStorageSOPInstanceUID = sop
-        d.StudyInstanceUID, d.SeriesInstanceUID = study, series
-        d.SpecificCharacterSet, d.StudyDate, d.StudyTime = "ISO_IR 100", "19010101", "000000.00"
-        d.AccessionNumber = d.ReferringPhysicianName = d.PatientBirthDate = d.StudyID = d.PatientOrientation = ""
-        d.Modality, d.ConversionType, d.BodyPartExamined = "CR", "WSD", "CHEST"
-        d.SeriesDescription, d.ViewPosition = f"view: {row.view}", row.view
-        d.PatientName = d.PatientID = job["person"]
-        d.PatientSex, d.PatientAge, d.SeriesNumber, d.InstanceNumber = row.sex, str(row.age), "1", "1"
-        d.SamplesPerPixel, d.PixelRepresentation, d.PixelSpacing = 1, 0, ["0.168", "0.168"]
-        d.Rows, d.Columns = image.height, image.width
-        if job["raw"]:
-            d.PhotometricInterpretation, d.BitsAllocated, d.BitsStored, d.HighBit = "MONOCHROME1", 16, 12, 11
-            d.RescaleSlope, d.RescaleIntercept, d.WindowCenter, d.WindowWidth = "2", "-100", "1979", "4080"
-            d.PixelData = ((255 - np.asarray(image, np.uint16)) * 8 + 19).astype("<u2").tobytes()
-        else:
-            d.PhotometricInterpretation, d.BitsAllocated, d.BitsStored, d.HighBit = "MONOCHROME2", 8, 8, 7
-            d.LossyImageCompression, d.LossyImageCompressionMethod = "01", "ISO_10918_1"
-            jpeg = io.BytesIO()
-            image.save(jpeg, "JPEG", quality=90)
-            d.PixelData = encapsulate([jpeg.getvalue()])
-            d["PixelData"].VR = "OB"
-        d.save_as(job["image"], enforce_file_format=True)
+    row, pixels = film.row, dict(SamplesPerPixel=1, PixelRepresentation=0, Rows=image.height,
+                                 Columns=image.width, PixelSpacing=["0.168", "0.168"])
+    if film.raw:
+        stored = (255 - np.asarray(image, np.uint16)) * 8 + 19
+        pixels |= dict(PhotometricInterpretation="MONOCHROME1", BitsAllocated=16, BitsStored=12,
+                       HighBit=11, RescaleSlope="2", RescaleIntercept="-100", WindowCenter="1979",
+                       WindowWidth="4080", PixelData=stored.astype("<u2").tobytes())
+    else:
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=90)
+        pixels |= dict(PhotometricInterpretation="MONOCHROME2", BitsAllocated=8, BitsStored=8,
+                       HighBit=7, LossyImageCompression="01",
+                       LossyImageCompressionMethod="ISO_10918_1",
+                       PixelData=encapsulate([jpeg.getvalue()]))
+    tags = dict(
+        SpecificCharacterSet="ISO_IR 100", SOPClassUID=uid.SecondaryCaptureImageStorage,
+        StudyInstanceUID=film.uids[0], SeriesInstanceUID=film.uids[1], SOPInstanceUID=film.uids[2],
+        StudyDate="19010101", StudyTime="000000.00", AccessionNumber="", ReferringPhysicianName="",
+        PatientBirthDate="", StudyID="", PatientOrientation="", Modality="CR", ConversionType="WSD",
+        SeriesDescription=f"view: {row.view}", ViewPosition=row.view, BodyPartExamined="CHEST",
+        PatientName=film.person, PatientID=film.person, PatientSex=row.sex,
+        PatientAge=str(row.age), SeriesNumber="1", InstanceNumber="1")
+    file = pydicom.Dataset()
+    file.file_meta = pydicom.dataset.FileMetaDataset()
+    file.file_meta.TransferSyntaxUID = \
+        uid.ExplicitVRLittleEndian if film.raw else uid.JPEGBaseline8Bit
+    with pydicom.config.disable_value_validation():   # an age must have a unit; theirs have none
+        for name, value in (tags | pixels).items():
+            setattr(file, name, value)
+        file["PixelData"].VR = "OW" if film.raw else "OB"
+        file.save_as(film.image, enforce_file_format=True)
 
 
-def run_jobs(jobs, workers):
-    """run_job of every job, in order. Each image has its own seed, so workers change nothing."""
-    bar = functools.partial(tqdm, total=len(jobs), desc="drawing", unit="image", disable=len(jobs) < 1000)
-    if workers <= 1 or len(jobs) < 32:
-        return list(bar(map(run_job, jobs)))
+def run_all(films, workers):
+    """make() for every film, in order. Each has its own seed, so `workers` changes nothing."""
+    def bar(done):
+        return list(tqdm(done, "drawing", len(films), unit="image", disable=len(films) < 1000))
+    if workers <= 1 or len(films) < 32:
+        return bar(map(make, films))
     with multiprocessing.Pool(workers) as pool:
-        return list(bar(pool.imap(run_job, jobs, chunksize=min(32, len(jobs) // workers))))
+        return bar(pool.imap(make, films, chunksize=max(1, min(32, len(films) // workers))))
 
 
 def write_text(path, text):
-    """gzipped without a time stamp if the name ends so: same rows, same bytes."""
+    """gzipped if the name ends so, without a time stamp: same text, same bytes."""
+    data = text.encode()
     with open(path, "wb") as file:
-        file.write(gzip.compress(text.encode(), mtime=0) if path.endswith(".gz") else text.encode())
+        file.write(gzip.compress(data, mtime=0) if path.endswith(".gz") else data)
 
 
 def write_csv(path, header, rows):
-    """header: the first line, verbatim."""
+    """`header` is the first line, verbatim."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, header + "\n" + text.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------
-# The publishers' folders. Every writer takes (root, rows, job, run, variant): job(row, image=...,
-# ...) makes a job, run(jobs) draws them. Formats and their traps: each data set's own pages.
+# The publishers' folders. A writer takes (root, rows, film, run, variant): film(row, **what) plans
+# a film of a row, run(films) draws them.
 
-CHEXPERT = {  # label: names of LOOKS that count for it, in MIMIC-CXR-JPG's order
-    "Atelectasis": ["atelectasis"], "Cardiomegaly": ["cardiomegaly"],
-    "Consolidation": ["consolidation"], "Edema": ["edema"], "Enlarged Cardiomediastinum": [],
-    "Fracture": ["fracture"], "Lung Lesion": ["nodule", "mass"],
-    "Lung Opacity": ["opacity", "consolidation", "pneumonia", "edema", "atelectasis"],
-    "No Finding": [], "Pleural Effusion": ["effusion"], "Pleural Other": [],
-    "Pneumonia": ["pneumonia"], "Pneumothorax": ["pneumothorax"], "Support Devices": ["tube"]}
+CHEXPERT = {  # label: the LOOKS that count for it, in MIMIC-CXR-JPG's order
+    "Atelectasis": {"atelectasis"}, "Cardiomegaly": {"cardiomegaly"},
+    "Consolidation": {"consolidation"}, "Edema": {"edema"}, "Enlarged Cardiomediastinum": set(),
+    "Fracture": {"fracture"}, "Lung Lesion": {"nodule", "mass"},
+    "Lung Opacity": {"opacity", "consolidation", "pneumonia", "edema", "atelectasis"},
+    "No Finding": set(), "Pleural Effusion": {"effusion"}, "Pleural Other": set(),
+    "Pneumonia": {"pneumonia"}, "Pneumothorax": {"pneumothorax"}, "Support Devices": {"tube"}}
 
 
 def chexpert_values(mentions):
-    """What a labeller reads in a report: {label: "1.0", "0.0", "-1.0" or ""}."""
+    """What a labeller makes of a report: {label: "1.0", "0.0", "-1.0" or ""}."""
     values = {}
     for label, looks in CHEXPERT.items():
-        said = [mentions[name] for name in looks if name in mentions]
-        if label == "Lung Opacity":                   # denying pneumonia does not deny every opacity
-            said = [v for name, v in mentions.items() if name in looks and (v == 1 or name == "opacity")]
-        best = 1 if 1 in said else -1 if -1 in said else 0 if said else None
-        values[label] = "" if best is None else f"{best}.0"
+        said = {v for name, v in mentions.items() if name in looks
+                # denying pneumonia does not deny every opacity
+                and (v == 1 or name == "opacity" or label != "Lung Opacity")}
+        values[label] = next((f"{v}.0" for v in (1, -1, 0) if v in said), "")
     if not any(v in ("1.0", "-1.0") for k, v in values.items() if k != "Support Devices"):
         values["No Finding"] = "1.0"
     return values
 
 
-def write_mimic(root, rows, job, run, variant):
+def file_names(film):
+    """The random generator of a film's file names, apart from the one that draws it."""
+    return np.random.default_rng([film.seed, 2, film.row.index])
+
+
+def write_mimic(root, rows, film, run, variant):
     """MIMIC-CXR-JPG with the reports beside the study folders, plus boxes.csv and masks/."""
-    def number(first, index):                         # no visible order, and no two alike
+    def number(first, index):                         # in no visible order, and no two alike
         return first + (index * 7_654_321 + 32) % 9_999_991
-    jobs, ids = [], []
-    for row in rows:
-        rng = names(job.seed, row)
-        dicom = "-".join(rng.bytes(4).hex() for _ in range(5))
-        subject, study = number(10_000_000, row.patient), number(50_000_000, row.index)
-        folder = f"{root}/files/p{subject // 1_000_000}/p{subject}/s{study}"
-        date = f"21{rng.integers(10, 60)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
-        time = f"{int(f'{rng.integers(24)}{rng.integers(60):02d}{rng.integers(60):02d}')}.{rng.integers(1000):03d}"
-        ids.append((dicom, subject, study, date, time))
-        jobs.append(job(row, image=f"{folder}/{dicom}.jpg", report=f"{folder}.txt", bits=f"{root}/masks/{dicom}.png"))
+    films = [film(row) for row in rows]
+    for f in films:
+        rng = file_names(f)
+        f.id = "-".join(rng.bytes(4).hex() for _ in range(5))
+        f.subject, f.study = number(10_000_000, f.row.patient), number(50_000_000, f.row.index)
+        f.date = f"21{rng.integers(10, 60)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
+        f.time = f"{rng.integers(24)}{rng.integers(60):02d}{rng.integers(60):02d}".lstrip("0")
+        f.time += f".{rng.integers(1000):03d}"        # 80556.875 is 08:05:56
+        folder = f"{root}/files/p{f.subject // 1_000_000}/p{f.subject}/s{f.study}"
+        f.image, f.report = f"{folder}/{f.id}.jpg", f"{folder}.txt"
+        f.bits = f"{root}/masks/{f.id}.png"
     os.makedirs(f"{root}/masks", exist_ok=True)
-    results = run(jobs)
+    films = run(films)
     write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height",
-              [(i[0], k, *cell, *(round(v, 2) for v in box)) for i, r in zip(ids, results)
-               for k, (cell, box) in enumerate(zip(r["cells"], r["boxes"]))])
-    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz", "subject_id,study_id," + ",".join(CHEXPERT),
-              [(i[1], i[2], *chexpert_values(r["mentions"]).values()) for i, r in zip(ids, results)])
-    looks = {"PA": ("CHEST (PA AND LAT)", "postero-anterior"), "AP": ("CHEST (PORTABLE AP)", "antero-posterior")}
+              [(f.id, k, *cell, *(round(v, 2) for v in box)) for f in films
+               for k, (cell, box) in enumerate(zip(f.cells, f.boxes))])
+    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz",
+              "subject_id,study_id," + ",".join(CHEXPERT),
+              [(f.subject, f.study, *chexpert_values(f.mentions).values()) for f in films])
+    exam = {"PA": "CHEST (PA AND LAT)", "AP": "CHEST (PORTABLE AP)"}
+    way = {"PA": "postero-anterior", "AP": "antero-posterior"}
     write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz",
-              "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,Columns,StudyDate,"
-              "StudyTime,ProcedureCodeSequence_CodeMeaning,ViewCodeSequence_CodeMeaning,"
-              "PatientOrientationCodeSequence_CodeMeaning",
-              [(*i[:3], looks[row.view][0], row.view, job.size, job.size, *i[3:], looks[row.view][0],
-                looks[row.view][1], "Erect") for i, row in zip(ids, rows)])
+              "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,"
+              "Columns,StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,"
+              "ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning",
+              [(f.id, f.subject, f.study, exam[f.row.view], f.row.view, f.size, f.size, f.date,
+                f.time, exam[f.row.view], way[f.row.view], "Erect") for f in films])
     # the split file comes last: a folder without it was not finished
     write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split",
-              [(i[0], i[2], i[1], row.split) for i, row in zip(ids, rows)])
+              [(f.id, f.study, f.subject, f.row.split) for f in films])
 
 
 NIH = {"atelectasis": "Atelectasis", "cardiomegaly": "Cardiomegaly", "effusion": "Effusion",
        "opacity": "Infiltration", "mass": "Mass", "nodule": "Nodule", "pneumonia": "Pneumonia",
-       "pneumothorax": "Pneumothorax", "consolidation": "Consolidation", "edema": "Edema"}
+       "pneumothorax": "Pneumothorax",                # these eight have boxes
+       "consolidation": "Consolidation", "edema": "Edema"}
 
 
-def write_nih(root, rows, job, run, variant):
-    """flat: NIH's tarballs in one place, 2020 entry file. folders: Kaggle's twelve, 2017 entry file."""
-    files = [f"{row.patient + 1:08d}_{row.visit:03d}.png" for row in rows]
-    results = run([job(row, mode="RGBA" if row.index % 40 == 7 else "L", image=f"{root}/" + (
-        f"images_{1 + 12 * row.index // len(rows):03d}/images/{name}" if variant == "folders" else f"images/{name}"))
-        for row, name in zip(rows, files)])
-    labels = [list(dict.fromkeys(NIH[p] for p, _ in r["cells"] if p in NIH)) for r in results]
-    kaggle = variant == "folders"
-    write_csv(f"{root}/Data_Entry_2017.csv" if kaggle else f"{root}/Data_Entry_2017_v2020.csv",
-              f"Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {'Gender' if kaggle else 'Sex'},"
-              "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],",  # a field too many
-              [(name, "|".join(said) or "No Finding", row.visit, row.patient + 1, row.age, row.sex, row.view,
-                2500, 2048, 0.168, 0.168) for name, said, row in zip(files, labels, rows)])
-    boxed = {"Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax"}
+def write_nih(root, rows, film, run, variant):
+    """flat: NIH's tarballs in one place, 2020 entry file. folders: Kaggle's twelve, 2017 file."""
+    films = [film(row, name=f"{row.patient + 1:08d}_{row.visit:03d}.png",
+                  mode="RGBA" if row.index % 40 == 7 else "L") for row in rows]
+    for f in films:
+        folder = f"images_{1 + 12 * f.row.index // len(rows):03d}/" if variant == "folders" else ""
+        f.image = f"{root}/{folder}images/{f.name}"
+    films = run(films)
+    entries = []
+    for f in films:
+        labels = dict.fromkeys(NIH[p] for p, _ in f.cells if p in NIH)
+        entries.append((f.name, "|".join(labels) or "No Finding", f.row.visit, f.row.patient + 1,
+                        f.row.age, f.row.sex, f.row.view, 2500, 2048, 0.168, 0.168))
+    entry, sex = (("Data_Entry_2017.csv", "Gender") if variant == "folders"
+                  else ("Data_Entry_2017_v2020.csv", "Sex"))
+    write_csv(f"{root}/{entry}",                      # the header has brackets and a field too many
+              f"Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {sex},"
+              "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],", entries)
     write_csv(f"{root}/BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,",
-              [(name, NIH[p].replace("Infiltration", "Infiltrate"), *(v * 1024 / job.size for v in box))
-               for name, r, row in zip(files, results, rows) if row.split == "test"
-               for (p, _), box in zip(r["cells"], r["boxes"]) if NIH.get(p) in boxed])
-    for which, splits in (("train_val_list.txt", ("train", "validate")), ("test_list.txt", ("test",))):
-        write_text(f"{root}/{which}", "".join(f"{n}\n" for n, row in zip(files, rows) if row.split in splits))
+              [(f.name, NIH[p].replace("Infiltration", "Infiltrate"),
+                *(v * 1024 / f.size for v in box))
+               for f in films if f.row.split == "test" for (p, _), box in zip(f.cells, f.boxes)
+               if p in list(NIH)[:8]])
+    for name, tests in (("train_val_list.txt", False), ("test_list.txt", True)):
+        write_text(f"{root}/{name}", "".join(
+            f"{f.name}\n" for f in films if (f.row.split == "test") == tests))
 
 
-def dicom_uids(row):
-    """Study, series and image UID in the manner of RSNA and SIIM."""
-    return [f"1.2.276.0.7230010.3.1.{k}.8323329.{row.index + 301}.15178752{row.index % 90 + 10}.{850_000 + row.index}"
-            for k in (2, 3, 4)]
+def name_dicoms(films):
+    """Study, series and image UIDs in the manner of RSNA and SIIM; persons are UUIDs."""
+    for f in films:
+        k = f.row.index
+        f.person = str(uuid.UUID(bytes=file_names(f).bytes(16), version=4))
+        f.uids = [f"1.2.276.0.7230010.3.1.{level}.8323329.{k + 301}.15178752{k % 90 + 10}."
+                  f"{850000 + k}" for level in (2, 3, 4)]
+    return films
 
 
-def write_rsna(root, rows, job, run, variant):
-    """kaggle: stage 2 folders. site: the RSNA site's tree, with the mapping to NIH patients and
-    MedKLIP's test csv. monochrome1: kaggle's tree, uncompressed 12-bit inverted films."""
-    ids = [uuid4(names(job.seed, row)) for row in rows]
-    uids = [dicom_uids(row) for row in rows]
-    top = "mdai_rsna_project_x9N20BZa_images_2018-07-20-153330"
-    paths = ["/".join([top, *u]) + ".dcm" if variant == "site" else f"stage_2_train_images/{i}.dcm"
-             for i, u in zip(ids, uids)]
-    results = run([job(row, image=f"{root}/{path}", uids=u, person=i, raw=variant == "monochrome1",
-                       sure=("pneumonia", 0.15)) for row, path, i, u in zip(rows, paths, ids, uids)])
-    boxes = [[[float(round(v * 1024 / job.size)) for v in box] for (p, _), box in zip(r["cells"], r["boxes"])
-              if p in ("pneumonia", "opacity", "consolidation")] for r in results]
-    kinds = ["Lung Opacity" if found else "No Lung Opacity / Not Normal" if r["cells"] else "Normal"
-             for found, r in zip(boxes, results)]
+def write_rsna(root, rows, film, run, variant):
+    """kaggle: stage 2 folders. site: the RSNA site's tree, with the mapping to NIH's patients and
+    MedKLIP's test csv. monochrome1: kaggle's tree with uncompressed 12-bit inverted films."""
+    films = name_dicoms([film(row, sure=("pneumonia", 0.15), raw=variant == "monochrome1")
+                         for row in rows])
+    for f in films:
+        f.path = f"stage_2_train_images/{f.person}.dcm"
+        if variant == "site":
+            f.path = ("mdai_rsna_project_x9N20BZa_images_2018-07-20-153330/"
+                      + "/".join(f.uids) + ".dcm")
+        f.image = f"{root}/{f.path}"
+    films = run(films)
+    for f in films:
+        f.boxes = [[float(round(v * 1024 / f.size)) for v in box]
+                   for (p, _), box in zip(f.cells, f.boxes)
+                   if p in ("pneumonia", "opacity", "consolidation")]
+        f.kind = ("Lung Opacity" if f.boxes else
+                  "No Lung Opacity / Not Normal" if f.cells else "Normal")
     write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target",
-              [(i, *box, int(bool(found))) for i, found in zip(ids, boxes) for box in found or [[""] * 4]])
-    write_csv(f"{root}/stage_2_detailed_class_info.csv", "patientId,class",  # a row a box here, too
-              [(i, kind) for i, kind, found in zip(ids, kinds, boxes) for _ in found or [0]])
+              [(f.person, *box, int(bool(f.boxes))) for f in films
+               for box in f.boxes or [[""] * 4]])
+    write_csv(f"{root}/stage_2_detailed_class_info.csv", "patientId,class",
+              [(f.person, f.kind) for f in films for _ in f.boxes or [0]])  # a row a box here, too
     if variant == "site":
         write_csv(f"{root}/rsna_test.csv", "ID,img_path,boxes,classes",
-                  [(i, path, "|".join(";".join(map(str, box)) for box in found) or "nan", int(bool(found)))
-                   for i, path, found, row in zip(ids, paths, boxes, rows) if row.split == "test"])
-        write_text(f"{root}/pneumonia-challenge-dataset-mappings_2018.json", json.dumps(
-            [dict(img_id=f"{row.patient + 1:08d}_{row.visit:03d}.png", subset_img_id=i, StudyInstanceUID=u[0],
-                  SeriesInstanceUID=u[1], SOPInstanceUID=u[2]) for row, i, u in zip(rows, ids, uids)]))
+                  [(f.person, f.path, "|".join(";".join(map(str, box)) for box in f.boxes) or "nan",
+                    int(bool(f.boxes))) for f in films if f.row.split == "test"])
+        write_text(f"{root}/pneumonia-challenge-dataset-mappings_2018.json", json.dumps([
+            dict(img_id=f"{f.row.patient + 1:08d}_{f.row.visit:03d}.png", subset_img_id=f.person,
+                 StudyInstanceUID=f.uids[0], SeriesInstanceUID=f.uids[1], SOPInstanceUID=f.uids[2])
+            for f in films]))
 
 
-def write_siim(root, rows, job, run, variant):
-    """stage1: train-rle.csv with its spaces. stage2: stage_2_train.csv without. png: the re-pack."""
-    uids, jobs, files = [dicom_uids(row) for row in rows], [], []
-    for row, u in zip(rows, uids):
-        more = dict(of="pneumothorax", sure=("pneumothorax", 0.2), uids=u, raw=False,
-                    person=uuid4(names(job.seed, row)))
-        where = "/".join(u) if variant == "stage1" else u[2]
-        path = {"png": f"{row.index}.png", "stage2": f"stage_2_images/{where}.dcm"}.get(
-            variant, f"dicom-images-train/{where}.dcm")
+def write_siim(root, rows, film, run, variant):
+    """stage1: train-rle.csv with its spaces. stage2: stage_2_train.csv without. png: re-pack."""
+    films = name_dicoms([film(row, of="pneumothorax", sure=("pneumothorax", 0.2), raw=False)
+                         for row in rows])
+    for f in films:
+        f.image = {"stage1": f"{root}/dicom-images-train/{'/'.join(f.uids)}.dcm",
+                   "stage2": f"{root}/stage_2_images/{f.uids[2]}.dcm",
+                   "png": f"{root}/png_images/{f.row.index}.png"}[variant]
         if variant == "png":
-            more["mask"] = f"{root}/png_masks/{path}"
-            path = f"png_images/{path}"
-        jobs.append(job(row, image=f"{root}/{path}", **more))
-    results = run(jobs)
-    sick = [int(bool(r["rle"])) for r in results]
-    if variant == "png":                              # the label is part of the file name
-        parts, counts = [("test" if row.split == "test" else "train") for row in rows], collections.Counter()
-        for row, part, s in zip(rows, parts, sick):
-            files.append(f"{counts[part]}_{part}_{s}_.png")
-            counts[part] += 1
-            for folder in ("png_images", "png_masks"):
-                os.rename(f"{root}/{folder}/{row.index}.png", f"{root}/{folder}/{files[-1]}")
+            f.mask = f"{root}/png_masks/{f.row.index}.png"
+    films = run(films)
+    if variant == "png":
         for part in ("train", "test"):
+            chosen = [f for f in films if (f.row.split == "test") == (part == "test")]
+            for k, f in enumerate(chosen):            # the label is part of the file name
+                f.name = f"{k}_{part}_{int(bool(f.rle))}_.png"
+                os.rename(f.image, f"{root}/png_images/{f.name}")
+                os.rename(f.mask, f"{root}/png_masks/{f.name}")
             write_csv(f"{root}/stage_1_{part}_images.csv", "new_filename,ImageId,has_pneumo",
-                      [(name, u[2], s) for name, u, s, p in zip(files, uids, sick, parts) if p == part])
-    else:                                             # a row a mask, in no order
-        space, order = " " if variant == "stage1" else "", np.random.default_rng([job.seed, 4])
-        lines = [(u[2], space + rle) for u, r in zip(uids, results) for rle in r["rle"] or ["-1"]]
-        write_csv(f"{root}/train-rle.csv" if variant == "stage1" else f"{root}/stage_2_train.csv",
-                  f"ImageId,{space}EncodedPixels", [lines[i] for i in order.permutation(len(lines))])
+                      [(f.name, f.uids[2], int(bool(f.rle))) for f in chosen])
+        return
+    name, space = ("train-rle.csv", " ") if variant == "stage1" else ("stage_2_train.csv", "")
+    lines = [(f.uids[2], space + rle) for f in films for rle in f.rle or ["-1"]]
+    order = np.random.default_rng([films[0].seed, 3]).permutation(len(lines))  # a row a mask
+    write_csv(f"{root}/{name}", f"ImageId,{space}EncodedPixels", [lines[k] for k in order])
 
 
-def write_covidx(root, rows, job, run, variant):
-    """cxr4: train, val and test. v8: no val, other list names, patient ids with spaces."""
-    jobs, lines, folders = [], [], []
+def write_covidx(root, rows, film, run, variant):
+    """cxr4: train, val and test. v8: no val, other list names, patient ids with spaces.
+
+    Every source has both classes here; in the real lists source and class go together.
+    """
+    cxr4, films = variant == "cxr4", []
     for row in rows:
-        ending, mode = (("png", "L"), ("jpg", "RGB"), ("jpeg", "L"), ("png", "RGBA"), ("JPG", "L"))[row.index % 5]
-        folder = {"train": "train", "validate": "val", "test": "test"}[row.split]
-        folder = "train" if variant == "v8" and folder == "val" else folder
-        # a source has both classes here; in the real lists source and class go together
-        source = ("ricord", "rsna", "stonybrook", "sirm", "cohen")[row.patient % 5]
-        patient, name = f"{419639 + row.patient}-{row.patient:06d}", f"{source}-{row.patient}-{row.visit}.{ending}"
-        if source == "sirm" and variant == "v8":
-            patient, name = f"COVID {row.patient}", f"COVID({row.patient}-{row.visit}).{ending}"
-        folders.append(folder)
-        lines.append((patient, name, source))
-        jobs.append(job(row, image=f"{root}/{folder}/{name}", mode=mode, sure=("covid-19", 0.5)))
-    results = run(jobs)
-    for folder in dict.fromkeys(("train", "val", "test") if variant == "cxr4" else ("train", "test")):
+        ending, mode = pick_cyclic(row.index, ("png", "L"), ("jpg", "RGB"), ("jpeg", "L"),
+                                   ("png", "RGBA"), ("JPG", "L"))
+        source = pick_cyclic(row.patient, "ricord", "rsna", "stonybrook", "sirm", "cohen")
+        person, name = f"{419639 + row.patient}-{row.patient:06d}", f"{source}-{row.patient}"
+        if source == "sirm" and not cxr4:
+            person, name = f"COVID {row.patient}", f"COVID({row.patient})"
+        folder = {"test": "test", "validate": "val" if cxr4 else "train"}.get(row.split, "train")
+        name = f"{name}-{row.visit}.{ending}"
+        films.append(film(row, image=f"{root}/{folder}/{name}", mode=mode, source=source,
+                          person=person, name=name, folder=folder, sure=("covid-19", 0.5)))
+    films = run(films)
+    for folder in ("train", "val", "test") if cxr4 else ("train", "test"):
         os.makedirs(f"{root}/{folder}", exist_ok=True)
-        write_text(f"{root}/{folder}.txt" if variant == "cxr4" else f"{root}/{folder}_COVIDx8B.txt", "".join(
-            f"{patient} {name} {'positive' if ('covid-19', 'lung_bases') in r['cells'] else 'negative'} {source}\n"
-            for (patient, name, source), f, r in zip(lines, folders, results) if f == folder))
+        lines = ""
+        for f in films:
+            said = "positive" if "covid-19" in dict(f.cells) else "negative"
+            lines += f"{f.person} {f.name} {said} {f.source}\n" * (f.folder == folder)
+        write_text(f"{root}/{folder}{'' if cxr4 else '_COVIDx8B'}.txt", lines)
 
 
-def write_chexpert(root, rows, job, run, variant):
+def pick_cyclic(index, *things):
+    return things[index % len(things)]
+
+
+def write_chexpert(root, rows, film, run, variant):
     """small or full: the same csv, another release folder. valid has no blanks; no test release."""
-    order = ["No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema",
-             "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other",
-             "Fracture", "Support Devices"]
-    release, jobs, paths = "CheXpert-v1.0" + ("-small" if variant == "small" else ""), [], []
-    for row in rows:
-        folder, first = ("train", 1) if row.split == "train" else ("valid", 64541)
-        paths.append(f"{release}/{folder}/patient{row.patient + first:05d}/study{row.visit + 1}/view1_frontal.jpg")
-        tall = job.size, round(job.size * 0.82)
-        jobs.append(job(row, image=f"{root}/{paths[-1]}", shape=tall[::-1] if row.index % 3 else tall))
-    results, lines = run(jobs), {"train": [], "valid": []}
-    for row, path, r in zip(rows, paths, results):
-        if row.split == "train":
-            values = chexpert_values(r["mentions"])
-        else:
-            drawn = {p for p, _ in r["cells"]}
-            values = {label: f"{int(bool(drawn & set(looks)))}.0" for label, looks in CHEXPERT.items()}
-            values["No Finding"] = f"{int(not drawn - {'tube'})}.0"
-        lines[path.split("/")[1]].append((path, {"M": "Male", "F": "Female"}[row.sex], row.age, "Frontal", row.view,
-                                          *(values[label] for label in order)))
-    for which, found in lines.items():
-        write_csv(f"{root}/{release}/{which}.csv", "Path,Sex,Age,Frontal/Lateral,AP/PA," + ",".join(order), found)
+    header = ("Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,"
+              "Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,"
+              "Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices")
+    release = "CheXpert-v1.0-small" if variant == "small" else "CheXpert-v1.0"
+    films = [film(row) for row in rows]
+    for f in films:
+        f.part, first = ("train", 1) if f.row.split == "train" else ("valid", 64541)
+        f.path = (f"{release}/{f.part}/patient{f.row.patient + first:05d}/study{f.row.visit + 1}/"
+                  "view1_frontal.jpg")
+        f.image, short = f"{root}/{f.path}", round(0.82 * f.size)
+        f.shape = (f.size, short) if f.row.index % 3 == 0 else (short, f.size)
+    films = run(films)
+    for part in ("train", "valid"):
+        lines = []
+        for f in (f for f in films if f.part == part):
+            values = chexpert_values(f.mentions)
+            if part == "valid":                       # read by radiologists from the film itself
+                drawn = {p for p, _ in f.cells}
+                values = {k: f"{int(bool(drawn & looks))}.0" for k, looks in CHEXPERT.items()}
+                values["No Finding"] = f"{int(not drawn - {'tube'})}.0"
+            lines.append([f.path, {"M": "Male", "F": "Female"}[f.row.sex], f.row.age, "Frontal",
+                          f.row.view, *(values[label] for label in header.split(",")[5:])])
+        os.makedirs(f"{root}/{release}", exist_ok=True)
+        write_csv(f"{root}/{release}/{part}.csv", header, lines)
 
 
-MESH = {"opacity": "Opacity/lung", "atelectasis": "Pulmonary Atelectasis", "effusion": "Pleural Effusion",
-        "pneumothorax": "Pneumothorax", "consolidation": "Consolidation", "pneumonia": "Pneumonia",
-        "nodule": "Nodule/lung", "mass": "Mass/lung", "cardiomegaly": "Cardiomegaly", "edema": "Pulmonary Edema",
-        "fracture": "Fractures, Bone/ribs", "tube": "Tube, Inserted", "elevation": "Diaphragm/elevated"}
+MESH = {"opacity": "Opacity/lung", "atelectasis": "Pulmonary Atelectasis", "mass": "Mass/lung",
+        "effusion": "Pleural Effusion", "nodule": "Nodule/lung", "edema": "Pulmonary Edema",
+        "fracture": "Fractures, Bone/ribs", "tube": "Tube, Inserted",
+        "elevation": "Diaphragm/elevated"}
 
 
 def mesh_term(pathology, anatomy):
-    """A cell as Open-i's indexers write it: Opacity/lung/upper lobe/left."""
-    zone = next((f"/{z} lobe" for z in ("upper", "lower") if z in anatomy), "/hilum" if "hilar" in anatomy else "")
-    side = next((f"/{s}" for s in ("left", "right") if s in anatomy), "/trachea" if anatomy == "trachea" else "")
-    return MESH[pathology] + zone.replace("lower lobe", "base" if pathology == "atelectasis" else "lower lobe") + side
+    """A cell as Open-i's indexers put it: Opacity/lung/upper lobe/left, Pleural Effusion/right."""
+    base = "base" if pathology == "atelectasis" else "lower lobe"
+    parts = {"upper": "upper lobe", "lower": base, "hilar": "hilum", "apical": "apex"}
+    words = anatomy.split("_")
+    return "/".join([MESH.get(pathology, pathology.capitalize()),
+                     *(parts[word] for word in words if word in parts),
+                     *(word for word in words if word in ("left", "right", "trachea"))])
 
 
-def write_openi(root, rows, job, run, variant):
-    """xml: ecgen-radiology/ and PNGs as from the NLM. kaggle: two csv files and other file names."""
-    kaggle, jobs, stems = variant == "kaggle", [], []
-    for row in rows:
-        uid = row.index + 1
-        stems.append(f"{uid}_IM-{row.index % 2400 + 1:04d}-1001.dcm" if kaggle else f"CXR{uid}_IM-{row.index % 2400 + 1:04d}-1001")
-        folder = "images/images_normalized" if kaggle else "NLMCXR_png"
-        jobs.append(job(row, image=f"{root}/{folder}/{stems[-1]}.png", shape=(round(job.size * 1.2), job.size)))
-    results, reports = run(jobs), []
-    for r in results:
-        said = {name.capitalize(): text.replace("___", "XXXX") for name, text in r["sections"]}
-        terms = [mesh_term(*cell) for cell in dict.fromkeys(r["cells"]) if r["mentions"].get(cell[0]) == 1]
-        reports.append((terms or ["normal"], said))
-    if kaggle:
-        write_csv(f"{root}/indiana_reports.csv", "uid,MeSH,Problems,image,indication,comparison,findings,impression",
-                  [(row.index + 1, ";".join(terms), ";".join(t.split("/")[0] for t in terms), "Xray Chest PA",
-                    *(said.get(part, "") for part in ("Indication", "Comparison", "Findings", "Impression")))
-                   for row, (terms, said) in zip(rows, reports)])
+def write_openi(root, rows, film, run, variant):
+    """xml: ecgen-radiology/ and PNGs as from the NLM. kaggle: two csv files, other file names."""
+    films = [film(row, uid=row.index + 1, shape=(0, 0)) for row in rows]
+    for f in films:
+        f.stem = f"{f.uid}_IM-{f.uid:04d}-1001"
+        f.stem = f"{f.stem}.dcm" if variant == "kaggle" else f"CXR{f.stem}"
+        folder = "images/images_normalized" if variant == "kaggle" else "NLMCXR_png"
+        f.image, f.shape = f"{root}/{folder}/{f.stem}.png", (round(f.size * 1.2), f.size)
+    films, parts = run(films), ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION")
+    for f in films:
+        f.said = [f.sections.get(part, "").replace("___", "XXXX") for part in parts]
+        f.terms = [mesh_term(*cell) for cell in dict.fromkeys(f.cells)
+                   if f.mentions.get(cell[0]) == 1] or ["normal"]
+    if variant == "kaggle":
+        write_csv(f"{root}/indiana_reports.csv",
+                  "uid,MeSH,Problems,image,indication,comparison,findings,impression",
+                  [(f.uid, ";".join(f.terms), ";".join(term.split("/")[0] for term in f.terms),
+                    "Xray Chest PA", f.said[1], f.said[0], *f.said[2:]) for f in films])
         write_csv(f"{root}/indiana_projections.csv", "uid,filename,projection",
-                  [(row.index + 1, stem + ".png", "Frontal") for row, stem in zip(rows, stems)])
+                  [(f.uid, f.stem + ".png", "Frontal") for f in films])
         return
     os.makedirs(f"{root}/ecgen-radiology", exist_ok=True)
-    for row, stem, (terms, said) in zip(rows, stems, reports):
-        parts = "".join(f'            <AbstractText Label="{part.upper()}">{escape(said.get(part, ""))}</AbstractText>\n'
-                        for part in ("Comparison", "Indication", "Findings", "Impression"))
-        major = "".join(f"      <major>{escape(term)}</major>\n" for term in terms)
-        write_text(f"{root}/ecgen-radiology/{row.index + 1}.xml", f"""<?xml version="1.0" encoding="utf-8"?>
+    for f in films:
+        texts = "\n".join(f'            <AbstractText Label="{part}">{escape(said)}</AbstractText>'
+                          for part, said in zip(parts, f.said))
+        major = "\n".join(f"      <major>{escape(term)}</major>" for term in f.terms)
+        write_text(f"{root}/ecgen-radiology/{f.uid}.xml", f"""\
+<?xml version="1.0" encoding="utf-8"?>
 <eCitation>
    <meta type="rr"/>
-   <uId id="CXR{row.index + 1}"/>
+   <uId id="CXR{f.uid}"/>
    <MedlineCitation Owner="Indiana University" Status="supplied by publisher">
       <Article PubModel="Electronic">
          <Abstract>
-{parts}         </Abstract>
+{texts}
+         </Abstract>
       </Article>
    </MedlineCitation>
    <MeSH>
-{major}   </MeSH>
-   <parentImage id="{stem}">
+{major}
+   </MeSH>
+   <parentImage id="{f.stem}">
       <caption>PA view of the chest.</caption>
    </parentImage>
 </eCitation>
 """)
 
 
-def write_covid_chestxray(root, rows, job, run, variant):
-    """ieee8023's metadata.csv of 2020-06, images/ and lung masks of every other image."""
-    files = [f"phantom-{row.patient}-{row.visit}." + ("jpeg", "png", "jpg")[row.index % 3] for row in rows]
-    jobs = [job(row, image=f"{root}/images/{name}", among=["pneumonia"], sure=("covid-19", 0.6))
-            for row, name in zip(rows, files)]
-    for k in range(0, len(jobs), 2):
-        jobs[k]["lungs"] = f"{root}/annotations/lungVAE-masks/{files[k].rsplit('.', 1)[0]}_mask.png"
-    header = ("patientid,offset,sex,age,finding,survival,intubated,intubation_present,went_icu,in_icu,"
-              "needed_supplemental_O2,extubated,temperature,pO2_saturation,leukocyte_count,neutrophil_count,"
-              "lymphocyte_count,view,modality,date,location,folder,filename,doi,url,license,clinical_notes,other_notes,")
+def write_covid_chestxray(root, rows, film, run, variant):
+    """ieee8023's metadata.csv of 2020-06, images/, and lung masks of every other image."""
+    films = []
+    for row in rows:
+        stem = f"phantom-{row.patient}-{row.visit}"
+        name = f"{stem}.{pick_cyclic(row.index, 'jpeg', 'png', 'jpg')}"
+        films.append(film(row, name=name, image=f"{root}/images/{name}", among=["pneumonia"],
+                          sure=("covid-19", 0.6)))
+        if row.index % 2 == 0:
+            films[-1].lungs = f"{root}/annotations/lungVAE-masks/{stem}_mask.png"
+    header = ("patientid,offset,sex,age,finding,survival,intubated,intubation_present,went_icu,"
+              "in_icu,needed_supplemental_O2,extubated,temperature,pO2_saturation,leukocyte_count,"
+              "neutrophil_count,lymphocyte_count,view,modality,date,location,folder,filename,doi,"
+              "url,license,clinical_notes,other_notes,")
     lines = []
-    for row, name, r in zip(rows, files, run(jobs)):
-        drawn = {p for p, _ in r["cells"]}
-        finding = "COVID-19" if "covid-19" in drawn else "Pneumonia" if drawn else "No Finding"
-        known = dict(patientid=row.patient + 1, offset=3 * row.visit, sex=row.sex, age=row.age, modality="X-ray",
-                     finding=finding + ", ARDS" * (finding == "COVID-19" and row.patient % 9 == 0),
-                     view="AP Supine" if row.index % 7 == 3 else row.view, date="2020", location="Phantom",
-                     folder="images", filename=name, license="MIT",
-                     clinical_notes=" ".join(
-                         text for name, text in r["sections"] if name in ("FINDINGS", "IMPRESSION")))
+    for f in run(films):
+        row, drawn = f.row, dict(f.cells)
+        known = dict(
+            patientid=row.patient + 1, offset=3 * row.visit, sex=row.sex, age=row.age, date="2020",
+            finding="Pneumonia" if drawn else "No Finding", modality="X-ray", folder="images",
+            view="AP Supine" if row.index % 7 == 3 else row.view, location="Phantom",
+            filename=f.name, license="MIT", clinical_notes=" ".join(
+                f.sections[part] for part in ("FINDINGS", "IMPRESSION") if part in f.sections))
+        if "covid-19" in drawn:
+            known["finding"] = "COVID-19, ARDS" if row.patient % 9 == 0 else "COVID-19"
         lines.append([known.get(column, "") for column in header.split(",")])
     write_csv(f"{root}/metadata.csv", header, lines)
 
@@ -1000,8 +1061,10 @@ LAYOUTS = {  # writer, pixels a side by default, variants (the first is the defa
     "mimic": (write_mimic, 64, ["jpg"]), "nih": (write_nih, 1024, ["flat", "folders"]),
     "rsna": (write_rsna, 1024, ["kaggle", "site", "monochrome1"]),
     "siim": (write_siim, 1024, ["stage1", "stage2", "png"]),
-    "covidx": (write_covidx, 256, ["cxr4", "v8"]), "chexpert": (write_chexpert, 390, ["small", "full"]),
-    "openi": (write_openi, 512, ["xml", "kaggle"]), "covid-chestxray": (write_covid_chestxray, 448, ["2020-06"])}
+    "covidx": (write_covidx, 256, ["cxr4", "v8"]),
+    "chexpert": (write_chexpert, 390, ["small", "full"]),
+    "openi": (write_openi, 512, ["xml", "kaggle"]),
+    "covid-chestxray": (write_covid_chestxray, 448, ["2020-06"])}
 
 
 def write(layout, root, count, seed=0, size=None, workers=None, variant=None):
@@ -1014,40 +1077,43 @@ def write(layout, root, count, seed=0, size=None, workers=None, variant=None):
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     writer, default_size, variants = LAYOUTS[layout]
-    size, variant = size or default_size, variant or variants[0]
+    size, variant, workers = size or default_size, variant or variants[0], workers or os.cpu_count()
     if variant not in variants:
-        raise InputError(f"{layout} has no variant {variant!r}; choose one of {', '.join(variants)}")
+        raise InputError(f"{layout} has no variant {variant!r}; it has: {', '.join(variants)}")
     if count < 1 or size < 32 or seed < 0:
-        raise InputError(f"count {count}, size {size}, seed {seed}: needs count >= 1, size >= 32, seed >= 0")
+        raise InputError(f"count {count}, size {size}, seed {seed}: count must be at least 1, "
+                         "size at least 32, seed at least 0")
     if layout in ("rsna", "siim") and variant != "png":
         try:
             import pydicom  # noqa: F401
         except ImportError:
             raise InputError(f"the {layout} layout writes DICOM files: pip install pydicom")
 
-    def job(row, **more):
-        return dict(row=row, seed=[seed, 1, row.index], size=size, **more)
-    job.seed, job.size = seed, size
+    def film(row, **what):
+        return types.SimpleNamespace(row=row, seed=seed, size=size, **what)
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
         os.makedirs(root, exist_ok=True)
-        writer(root, plan(count, seed), job, lambda jobs: run_jobs(jobs, workers or os.cpu_count() or 1), variant)
+        writer(root, plan(count, seed), film, lambda films: run_all(films, workers), variant)
     except OSError as error:
         raise InputError(f"cannot write to {root}: {error.strerror or error}")
 
 
 def parse_args(argv=None):
-    parser = Parser(prog="phantom.py", description="Draw synthetic chest radiographs in a published layout.")
-    parser.add_argument("--layout", default="mimic", help="whose folder format: " + " ".join(LAYOUTS))
-    parser.add_argument("--root", help="new folder to fill (data/phantom-<layout>)")
-    parser.add_argument("--count", type=int, default=200, help="number of images (200)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, help="pixels a side (as published; mimic 64). Above 256 it is enlarged")
-    parser.add_argument("--variant", help="another tree of the same set: " + "; ".join(
-        f"{name} {' '.join(v)}" for name, (_, _, v) in LAYOUTS.items() if len(v) > 1))
-    parser.add_argument("--workers", type=int, help="processes (one a core); the files are the same")
-    return parser.parse_args(argv)
+    p = Parser(prog="phantom.py", description="Draw synthetic chest radiographs with reports.")
+    p.add_argument("--layout", default="mimic", metavar="NAME",
+                   help="whose folders: " + " ".join(LAYOUTS))
+    p.add_argument("--root", metavar="DIR", help="new folder to fill (data/phantom-<layout>)")
+    p.add_argument("--count", type=int, default=200, metavar="N", help="images (200)")
+    p.add_argument("--seed", type=int, default=0, metavar="N")
+    p.add_argument("--size", type=int, metavar="PIXELS",
+                   help=f"a side; above {DETAIL} films are drawn at {DETAIL} and enlarged "
+                        + str({name: size for name, (_, size, _) in LAYOUTS.items()}))
+    p.add_argument("--variant", metavar="NAME", help="another tree of the same data set: "
+                   + "; ".join(f"{k} {' '.join(v)}" for k, (_, _, v) in LAYOUTS.items() if v[1:]))
+    p.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
+    return p.parse_args(argv)
 
 
 def main(args):

@@ -56,7 +56,8 @@ PAPER = dict(  # Table II and Sec. III-B; the released augmentation
 SYNTHETIC = dict(  # phantoms of 64 pixels on two CPU cores
     epochs=5, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
     backbone="small", image_size=64, dim=96, layers=2, heads=4, dropout=0.0, position="sincos",
-    crop=0.6, augment_ops=0, queries="corpus", text_encoder="hashing")
+    crop=0.8, augment_ops=0, flip="none", queries="corpus",
+    text_encoder="hashing")  # no flip: no phantom has its heart on the right
 # flags that --resume may change freely; a change of any other is refused by name
 FREE = {"resume", "max_steps", "out_dir", "root", "cache_dir", "workers", "device", "log_every",
         "save_every", "accumulate", "compile"}
@@ -237,7 +238,12 @@ def validate(model, table, queries, held_out, unmentioned, image_size, device, a
     return float("nan") if auroc is None else auroc
 
 
-def save_checkpoint(path, checkpoint):
+def last_good(path, saved):
+    return (f"{path} is the last good checkpoint, --resume goes on from it" if saved else
+            "nothing was saved")
+
+
+def save_checkpoint(path, checkpoint, saved):
     """Written beside, flushed to the disk, then renamed: whenever the process dies, `path` is whole."""
     draft = path.with_suffix(".tmp")
     try:
@@ -248,9 +254,8 @@ def save_checkpoint(path, checkpoint):
         os.replace(draft, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         draft.unlink(missing_ok=True)
-        sys.exit(f"train.py: cannot write {path} ({error}); " + (
-            "the checkpoint there is the last good one, --resume goes on from it"
-            if path.exists() else "nothing was saved"))
+        why = str(error).splitlines()[0]
+        sys.exit(f"train.py: cannot write {draft} ({why}); {last_good(path, saved)}")
 
 
 def log_line(**numbers):
@@ -401,7 +406,7 @@ def main(args):
     bar = tqdm(total=total, initial=step, unit="step", disable=None if main_process else True,
                dynamic_ncols=True)
     bad = torch.zeros(3, device=device)  # non-finite steps: in a row, longest row, all
-    seen, clock, start = 0, time.perf_counter(), step
+    seen, clock, start, saved = 0, time.perf_counter(), step, bool(checkpoint)
     while True:  # total + 1 rounds: the last one only validates and saves
         done = step >= total
         last = done or bool(stop)
@@ -421,7 +426,8 @@ def main(args):
                            f"AUROC {auroc:.4f} (best {best['auroc']:.4f})")
             clock, seen = time.perf_counter(), 0
         if main_process and (last or epoch_done or (step and step % args.save_every == 0)):
-            save_checkpoint(path, snapshot())
+            save_checkpoint(path, snapshot(), saved)
+            saved = True
         if last:
             break
 
@@ -490,9 +496,8 @@ def main(args):
                 bar.set_postfix_str(f"loss {loss:.3f} = {exist:.3f} + {proto:.3f} + {icl:.3f}, "
                                     f"{rate:.0f} images/s")
             if bad[1] >= 3:
-                sys.exit(f"train.py: three steps in a row without a finite loss at step {step}; " + (
-                    f"{path} is the last good checkpoint, try --resume" if path.exists() else
-                    "nothing was saved") + ", a lower --lr or --amp off")
+                sys.exit(f"train.py: three steps in a row without a finite loss at step {step}; "
+                         f"{last_good(path, saved)}; a lower --lr or --amp off may help")
     bar.close()
     if main_process:
         print(f"{'done' if done else 'stopped'} at step {step}; checkpoint {path}; "
