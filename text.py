@@ -302,7 +302,68 @@ def sentences(report):
 
 
 # ------------------------------------------------------------------------------------------------
-# Rules: the words they know
+# Words: their base forms, and what they mean to the rules
+
+_EXCLUDED = set("""none unchanged change great similar large small moderate mild median decrease bad
+more constant worsen new improve status position sternotomy cabg replacement postoperative
+assessment patient""".split())
+_LEMMAS = {word: lemma for lemma, *words in (re.split("[:,] ?", line) for line in """\
+enlarge: enlargement, increase
+engorgement: engorge
+opacity: opacification, opacity-
+calcification: calcify
+effusion: effusion ;
+atelectasis: atelectatic, atelectasis ;, atelectase
+aerate: aeration
+distention: distend, distension
+widen: wide
+prominence: prominent
+haziness: haze
+mass: masse
+kyphosis: kyphotic
+degenerative: degenerate
+obscure: obscuration
+fibrosis: fibrotic
+nodule: nodular, nodularity
+ventilation: ventilate
+tortuous: tortuosity
+elongation: elongate
+elevation: elevate
+drainage: drain
+deviation: deviate
+consolidation: consolidative, consolidate
+dilation: dilate, dilatation
+pneumothorax: hydropneumothorax, pneumothoraces, pneumothorace
+improve: improvement
+pacemaker: pacer
+pneumonia: infection, infectious, infectious process""".split("\n")) for word in words}
+_CONCEPTS = {*PATHOLOGIES, *_EXCLUDED, *_LEMMAS}
+
+
+def _stem(word, known):
+    """The word without an ending, if that is in `known`: opacities -> opacity, scarring -> scar."""
+    for end, put in (("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""),
+                     ("d", ""), ("ing", ""), ("ing", "e"), ("ring", ""), ("red", "")):
+        if word.endswith(end) and word[:len(word) - len(end)] + put in known:
+            return word[:len(word) - len(end)] + put
+    return word
+
+
+@functools.lru_cache(2 ** 14)
+def lemma(token):
+    """Concept of a RadGraph observation token: "opacities" -> opacity, "increased" -> enlarge.
+
+    The published step took spaCy's lemmas; here an ending comes off when a known word remains.
+    """
+    token = _stem(token.lower(), _CONCEPTS)
+    return _LEMMAS.get(token, token)
+
+
+def _bucket(concept):
+    if concept in PATHOLOGIES:
+        return concept
+    return "excluded_obs" if concept in _EXCLUDED else "tail_abnorm_obs"
+
 
 # concept @home: other words for it. Without a place in the sentence the concept is at its home;
 # with ! it always is, and only the side of the pleura comes from the sentence. ~ marks a concept
@@ -311,14 +372,12 @@ _FINDINGS = """
 ~normal: within normal limits, within limits of normal, negative
 ~stable: unchanged
 effusion @pleural!: pleural fluid, hemothorax, hydrothorax
-opacity: opacification, opacified
-pneumothorax: pneumothoraces, hydropneumothorax, pleural air collection
+opacity: opacified
+pneumothorax: pleural air collection
 edema @pulmonary: oedema
-atelectasis: atelectatic, atelectases
 tube: tubing
-consolidation: consolidated, consolidative, consolidating
 abnormality: abnormal
-~enlarge: enlarged, enlargement, increased in size
+~enlarge: enlargement, increased in size
 -low @volume!: low lung volume, low volume, decreased lung volume, reduced lung volume,
   volume are low, small lung volume, hypoinflation, hypoinflated, hypoventilation, hypoventilatory,
   hypoaeration, hypoexpanded, hypoexpansion, underinflated, poor inspiration, shallow inspiration
@@ -328,38 +387,23 @@ congestion @pulmonary: congestive change, pulmonary venous hypertension, cephali
 catheter: port, portacath, mediport
 cardiomegaly @heart!: cardiac enlargement, large heart, heart is large, heart is mildly large,
   heart is moderately large, heart is slightly large, heart size remain slightly large
-fracture: fractured
 -air: free air, free intraperitoneal air, subdiaphragmatic air, pneumoperitoneum
-tortuous @aorta: tortuosity, ectatic, ectasia, unfolding
-calcification: calcified, calcific
-~prominence: prominent, increased, accentuated
+tortuous @aorta: ectatic, ectasia, unfolding
+calcification: calcific
+~prominence: increased, accentuated
 device: generator, defibrillator, icd, aicd
-engorgement @pulmonary: engorged
-elevation @diaphragm: elevated, eventration
-~expand: expanded
-nodule: nodular, nodularity
+elevation @diaphragm: eventration
 degenerative @spine: degeneration, spondylosis, osteophyte, spurring
 pacemaker: pacer
--thicken @pleural: thickening, thickened, pleural cap, pleural capping
-scar: scarring, scarred
-hyperinflate @volume!: hyperinflated, hyperinflation, hyperexpanded, hyperexpansion, hyperaerated,
-  hyperaeration, overinflated
-blunt @costophrenic: blunting, blunted
+thicken @pleural: pleural cap, pleural capping
+hyperinflate @volume!: hyperinflation, hyperexpanded, hyperexpansion, hyperaerated, hyperaeration
 -loss: volume loss, loss of volume
-~widen: widened, widening
-collapse: collapsed
 emphysema: emphysematous
-aerate: aerated, aeration
-crowd @pulmonary: crowding, crowded
 infiltrate: infiltration
-~obscure: obscured, obscuration, obscuring, obscures
-~distention: distended, distension
 shift @mediastinal: deviation, deviated
 hardware: fusion
-~dilation: dilated, dilatation
 chf @heart!: congestive heart failure, heart failure
 granuloma: granulomata
-fibrosis: fibrotic
 haziness: hazy
 atherosclerosis @aorta: atherosclerotic
 scoliosis @spine: dextroscoliosis, levoscoliosis
@@ -371,9 +415,11 @@ cavitation: cavitary, cavity
 osteopenia: demineralization
 -upper limit @heart!: upper limits of normal, upper limit of normal, upper limits normal
 """
-_PLAIN = """~clear ~sharp ~unremarkable ~intact ~deformity ~finding ~borderline process tip line
-lead disease picc clip wire marking density mass lesion hernia stent aspiration bronchiectasis
-redistribution@pulmonary kyphosis@spine"""
+_PLAIN = """~clear ~sharp ~unremarkable ~intact ~deformity ~finding ~borderline ~expand ~widen
+~obscure ~distention ~dilation process tip line lead disease picc clip wire marking density mass
+lesion hernia stent aspiration bronchiectasis atelectasis consolidation fracture nodule scar
+collapse aerate fibrosis kyphosis@spine blunt@costophrenic redistribution@pulmonary
+engorgement@pulmonary crowd@pulmonary"""
 _ANATOMY = {  # slot of a Place: name [= other words for it]
     "side": "left right both=bilateral=bilaterally",
     "level": "upper mid=middle=midlung lower=base=basilar=basal bases=bibasilar=bibasal "
@@ -392,15 +438,16 @@ _ANATOMY = {  # slot of a Place: name [= other words for it]
 _TRIGGERS = """
 deny: no, without, negative for, free of, clear of, absence of, lack of, resolution of, clearing of,
   rather than, nor, neither, removal of
-denied: not, no longer, resolved, cleared, absent, been removed, ruled out
-keep: no change, no significant change, no interval change, no significant interval change,
-  no appreciable change, without change, without significant change, no increase, no decrease,
+denied: not, none, no longer, resolved, cleared, absent, been removed, ruled out
+keep: increase, no change, no significant change, no interval change,
+  no significant interval change, no appreciable change, without change, no increase, no decrease,
+  without significant change,
   not changed, not significantly changed, not only, not well, not as well, not clearly, if any
 doubt: may, might, could, possible, possibly, potentially, possibility, questionable, question,
   suspicious, suspicion, suspect, concern, concerning, worrisome, suggest, suggesting, suggestive,
   differential, etiology, consider, consideration, whether, unclear, if, favored, rule out, exclude,
   cannot exclude, cannot rule out, not exclude, to exclude, evaluate, evaluation, correlate,
-  correlation, recommend, recommended, history of, previously, clinical setting, limit, raise
+  correlation, recommend, recommended, history of, previously, clinical setting
 doubted: not excluded, excluded, not be excluded, cannot be excluded, cannot be ruled out,
   not be ruled out, difficult to exclude, suspected, questioned, is possible, are possible,
   also possible, is a possibility, another consideration, a consideration, may not be
@@ -414,7 +461,7 @@ verb: is, are, was, were, be, been, has, have, appear, remain, seen, noted, iden
   reflecting, compatible, consistent, due, secondary, indicating
 glue: the, aspect, portion, side, sided, region, zone, field, lateral, medial, anterior, posterior,
   peripheral, inferior, superior, distal, proximal, angle, sulcus, sulci, recess, size, silhouette,
-  contour, structure, shadow
+  contour, structure, shadow, based, limited
 """
 # A comma or "and" before one of these ends a denial: "no effusion, mild cardiomegaly"
 _FRESH = set("small tiny trace mild mildly minimal moderate moderately stable unchanged persistent "
@@ -469,12 +516,9 @@ Place = collections.namedtuple("Place", "side level organs", defaults=("", "", (
 
 @functools.lru_cache(2 ** 14)
 def _base(word):
-    """The form the tables know: opacities -> opacity, masses -> mass, lobes -> lobe."""
-    if word not in _WORDS:
-        for end, put in (("ies", "y"), ("es", ""), ("s", "")):
-            if word.endswith(end) and word[:-len(end)] + put in _WORDS:
-                return word[:-len(end)] + put
-    return word
+    """The form that the tables know: lobes -> lobe, calcified -> calcification."""
+    word = _stem(word, _WORDS)
+    return word if word in _WORDS else lemma(word)
 
 
 def _scan(sentence):
@@ -533,7 +577,7 @@ def _existence(items):
         if kind == "find":
             if value in _HEALTHY and mode == 0 and joined:
                 mode = 1    # "no effusion, heart size normal"
-            if value == "normal" and closed and not joined:
+            if value == "normal" and closed and not joined and items[subject[-1]].value != "stable":
                 values[subject[-1]] = 0  # "vascular engorgement is within normal limits"
             values[i] = mode
             subject.append(i)
@@ -552,12 +596,11 @@ def _existence(items):
             closed = closed or bool(subject)
         elif kind in ("comma", "join") or word == "with":
             joined = True
-            ahead = next((item.word for item in items[i + 1:] if item.word in _FRESH or
+            after = next((item.word for item in items[i + 1:] if item.word in _FRESH or
                           item.kind in ("find", "verb", "comma", "join")), "")
             listed = mode == 0 and any(item.word in ("or", "nor") for item in items[i:])
             if not listed and (closed and word not in ("or", "with")
-                               or mode == 0 and ahead in _FRESH
-                               or mode == -1 and ahead in ("stable", "unchanged")):
+                               or mode == 0 and after in _FRESH):
                 mode, subject, closed = 1, [], False
     return values
 
@@ -579,7 +622,7 @@ def _own_places(items, finds):
         for j in range(f - 1, -1, -1):
             if j in free:
                 found.insert(0, j)
-            elif items[j].kind not in (("comma", "join") if found else ("word", "glue")):
+            elif items[j].kind not in (("comma", "join", "word") if found else ("word", "glue")):
                 break
         take(f, found)
     for f in finds:  # "[opacity] in the left base and lingula"
@@ -633,22 +676,21 @@ def _share_places(items, finds, values, own):
 
     pairs = list(zip(finds, finds[1:]))
     for a, b in reversed(pairs):  # "calcified [nodule in the left base]"
-        if homeless(a) and own[b] and not between(a, b)[0] & {"verb", "comma", "prep", "join"}:
+        kinds = between(a, b)[0]
+        listed = (kinds & {"join", "comma"} and values[a] == values[b]
+                  and not _HOME[concept[b]].endswith("!"))
+        if homeless(a) and own[b] and (listed or not kinds & {"verb", "comma", "prep", "join"}):
             own[a] = own[b]
     for a, b in pairs:
-        words, fixed = between(a, b)[1], _HOME[concept[a]].endswith("!")
+        kinds, words = between(a, b)
         if homeless(b) and own[a] and values[b]:
             if words & {"adjacent", "associated", "underlying", "compressive", "overlying"}:
                 own[b] = [p._replace(organs=()) for p in own[a]]  # "left effusion, adjacent [...]"
-            elif not fixed:
+            elif not _HOME[concept[a]].endswith("!"):
                 own[b] = own[a]
-        elif (_HOME[concept[b]] == "pleural!" and values[b] and not any(p.side for p in own[b]) and
-              words & {"compatible", "consistent", "combination", "representing", "reflecting"}):
-            own[b] = own[a]  # "left base opacity consistent with [effusion]"
-    for a, b in reversed(pairs):
-        if (homeless(a) and own[b] and values[a] == values[b]
-                and between(a, b)[0] & {"join", "comma"} and not _HOME[concept[b]].endswith("!")):
-            own[a] = own[b]
+        elif (not own[b] and {concept[a], concept[b]} <= _NEEDS_PLACE
+              and kinds <= {"join", "comma", "word", "glue", "verb"}):
+            own[b] = own[a]  # "The lungs are expanded and [clear]"
 
 
 def _complete(places):
@@ -698,14 +740,13 @@ def _read_clause(items):
     _share_places(items, finds, values, own)
     for f, after in zip(finds, finds[1:] + [None]):
         concept, home, value = items[f].value, _HOME[items[f].value], values[f]
-        link = {item.kind for item in items[f + 1:after]} if after else {"comma"}
-        if not link & {"comma", "verb", "prep"}:
+        link = {item.kind for item in items[f + 1:after]} if after else {"end"}
+        if link <= {"word", "glue", "place"}:
             # an adjective of another finding is none itself, as RadGraph's `modify` has it
             noun = items[after].value
-            if concept in _NEEDS_PLACE and noun not in _NEEDS_PLACE and "join" not in link:
-                continue
-            if (concept, noun) == ("calcification", "granuloma") or (
-                    concept == "nodule" and noun in ("opacity", "density", "infiltrate")):
+            if (concept in _NEEDS_PLACE and noun not in _NEEDS_PLACE
+                    or concept == "nodule" and noun in ("opacity", "density", "infiltrate")
+                    or (concept, noun) == ("calcification", "granuloma")):
                 continue
         if not own[f] and not (concept in _NEEDS_PLACE and (concept, value) != ("finding", 0)):
             yield concept, landmark(home.rstrip("!")) if home else "unspecified", value
@@ -732,12 +773,6 @@ def _read_sentence(sentence):
     return tuple(dict.fromkeys(triplets))
 
 
-def _bucket(concept):
-    if concept in PATHOLOGIES:
-        return concept
-    return "excluded_obs" if concept in _EXCLUDED else "tail_abnorm_obs"
-
-
 def extract_triplets(report, buckets=True):
     """[Triplet] of one report by rules: findings and impression, or the last paragraph.
 
@@ -752,59 +787,10 @@ def extract_triplets(report, buckets=True):
 # ------------------------------------------------------------------------------------------------
 # RadGraph: from its JSON to the same triplets
 
-_EXCLUDED = set("""none unchanged change great similar large small moderate mild median decrease bad
-more constant worsen new improve status position sternotomy cabg replacement postoperative
-assessment patient""".split())
-_LEMMAS = {word: lemma for lemma, *words in (re.split("[:,] ?", line) for line in """\
-enlarge: enlargement, increase
-engorgement: engorge
-opacity: opacification, opacity-
-calcification: calcify
-effusion: effusion ;
-atelectasis: atelectatic, atelectasis ;, atelectase
-aerate: aeration
-distention: distend, distension
-widen: wide
-prominence: prominent
-haziness: haze
-mass: masse
-kyphosis: kyphotic
-degenerative: degenerate
-obscure: obscuration
-fibrosis: fibrotic
-nodule: nodular, nodularity
-ventilation: ventilate
-tortuous: tortuosity
-elongation: elongate
-elevation: elevate
-drainage: drain
-deviation: deviate
-consolidation: consolidative, consolidate
-dilation: dilate, dilatation
-pneumothorax: hydropneumothorax, pneumothoraces, pneumothorace
-improve: improvement
-pacemaker: pacer
-pneumonia: infection, infectious, infectious process""".split("\n")) for word in words}
 _RADGRAPH_LABELS = {  # of RadGraph 1.0 and of RadGraph-XL; other anatomy labels are dropped
     "ANAT-DP": "place", "OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1,
     "Anatomy::definitely present": "place", "Observation::definitely present": 1,
     "Observation::definitely absent": 0, "Observation::uncertain": -1}
-
-
-@functools.lru_cache(2 ** 14)
-def lemma(token):
-    """Concept of a RadGraph observation token: "opacities" -> opacity, "increased" -> enlarge.
-
-    The published step took spaCy's lemmas; here an ending comes off when a known word remains.
-    """
-    token = token.lower()
-    for end, put in (("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""),
-                     ("d", ""), ("ing", ""), ("ring", "")):
-        if token.endswith(end):
-            word = token[:len(token) - len(end)] + put
-            if word in _LEMMAS or word in PATHOLOGIES or word in _EXCLUDED:
-                return _LEMMAS.get(word, word)
-    return token
 
 
 def radgraph_triplets(graph, buckets=True):
@@ -1200,7 +1186,7 @@ def main(args):
     for axis, title in enumerate(("pathology", "anatomy")):
         names = sorted({name for a, name, _ in counts if a == axis},
                        key=lambda name: (-counts[axis, name, 1] - counts[axis, name, 0], name))
-        print(f"\n{title:18s} {'present':>8s} {'denied':>8s} {'in doubt':>8s}  of {reports} reports")
+        print(f"\n{title:18s} {'present':>8s} {'denied':>8s} {'in doubt':>8s} of {reports} reports")
         for name in names[:args.top]:
             print(f"{name:18s} " + " ".join(f"{counts[axis, name, v]:8d}" for v in (1, 0, -1)))
     if args.dataset == "openi":
