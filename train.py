@@ -54,7 +54,7 @@ PAPER = dict(  # Table II and Sec. III-B; the released augmentation
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     crop=0.2, augment_ops=2, queries="published", text_encoder="emilyalsentzer/Bio_ClinicalBERT")
 SYNTHETIC = dict(  # phantoms of 64 pixels on two CPU cores
-    epochs=5, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
+    epochs=4, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
     backbone="small", image_size=64, dim=96, layers=2, heads=4, dropout=0.0, position="sincos",
     crop=0.8, augment_ops=0, flip="none", queries="corpus",
     text_encoder="hashing")  # no flip: no phantom has its heart on the right
