@@ -295,8 +295,8 @@ def sentences(report):
     parts = sections(report)
     text = "\n\n".join(parts[name] for name in ("findings", "impression") if name in parts)
     text = text or parts.get("last_paragraph", "")
-    # MIMIC wraps lines, so only a blank line ends a sentence; "2. Small effusion" opens one
-    found = re.split(r"\n[ \t]*\n|(?<=[;!?])\s+|(?<![\s\d]\d)(?<=\.)\s+|(?<=[a-z]\.)(?=[A-Z])|"
+    # MIMIC wraps lines, so only a blank line ends a sentence; "2) Small effusion" opens one
+    found = re.split(r"\n[ \t]*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])|"
                      r"(?:^|\s)\d{1,2}[.)]\s+(?=[A-Z])", text)
     return [" ".join(s.split()) for s in found if re.search(r"[A-Za-z]{3}", s)]
 
@@ -415,11 +415,11 @@ cavitation: cavitary, cavity
 osteopenia: demineralization
 -upper limit @heart!: upper limits of normal, upper limit of normal, upper limits normal
 """
-_PLAIN = """~clear ~sharp ~unremarkable ~intact ~deformity ~finding ~borderline ~expand ~widen
-~obscure ~distention ~dilation process tip line lead disease picc clip wire marking density mass
-lesion hernia stent aspiration bronchiectasis atelectasis consolidation fracture nodule scar
-collapse aerate fibrosis kyphosis@spine blunt@costophrenic redistribution@pulmonary
-engorgement@pulmonary crowd@pulmonary"""
+_PLAIN = """~clear ~sharp ~sharply ~unremarkable ~intact ~deformity ~finding ~borderline ~expand
+~widen ~obscure ~distention ~dilation fluid drainage pressure process tip line lead disease picc
+clip wire marking density mass lesion hernia stent aspiration bronchiectasis atelectasis
+consolidation fracture nodule scar collapse aerate fibrosis kyphosis@spine blunt@costophrenic
+redistribution@pulmonary engorgement@pulmonary crowd@pulmonary"""
 _ANATOMY = {  # slot of a Place: name [= other words for it]
     "side": "left right both=bilateral=bilaterally",
     "level": "upper mid=middle=midlung lower=base=basilar=basal bases=bibasilar=bibasal "
@@ -461,7 +461,8 @@ verb: is, are, was, were, be, been, has, have, appear, remain, seen, noted, iden
   reflecting, compatible, consistent, due, secondary, indicating
 glue: the, aspect, portion, side, sided, region, zone, field, lateral, medial, anterior, posterior,
   peripheral, inferior, superior, distal, proximal, angle, sulcus, sulci, recess, size, silhouette,
-  contour, structure, shadow, based, limited
+  contour, structure, shadow, based, limited,
+  leading
 """
 # A comma or "and" before one of these ends a denial: "no effusion, mild cardiomegaly"
 _FRESH = set("small tiny trace mild mildly minimal moderate moderately stable unchanged persistent "

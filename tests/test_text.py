@@ -146,6 +146,8 @@ def test_without_findings_and_impression_the_paragraph_after_the_last_header_is_
 
 def test_addenda_plain_text_and_lines_of_structured_reports():
     assert sentences(" ADDENDUM  No edema.\n ______________\n FINDINGS: Edema.\n") == ["Edema."]
+    assert sentences("1. No mass. 2) A 2.5 cm nodule.") == [
+        "No mass.", "A 2.5 cm nodule."]
     assert sentences("Small effusion. No\npneumothorax.") == ["Small effusion.", "No pneumothorax."]
     assert read(" FINDINGS:\n HEART: Cardiomegaly.\n LUNGS: No mass.\n IMPRESSION: None.\n") == {
         ("cardiomegaly", "heart_size", 1), ("mass", "lung_volumes", 0)}
@@ -253,6 +255,11 @@ SAID = [  # a sentence and all that it says
 @pytest.mark.parametrize("sentence, said", SAID)
 def test_sentences(sentence, said):
     assert read(sentence) == set(said)
+
+
+def test_the_rules_know_every_pathology_of_the_vocabulary():
+    assert set(PATHOLOGIES) - set(text._HOME) == {"free", "tail_abnorm_obs", "excluded_obs"}
+    assert all(landmark(home.rstrip("!")) in ANATOMIES[:49] for home in text._HOME.values() if home)
 
 
 def test_names_outside_the_vocabulary_are_kept_on_request():
