@@ -295,10 +295,10 @@ def sentences(report):
     parts = sections(report)
     text = "\n\n".join(parts[name] for name in ("findings", "impression") if name in parts)
     text = text or parts.get("last_paragraph", "")
-    # MIMIC wraps lines, so only a blank line ends a sentence; "2) Small effusion" opens one
-    found = re.split(r"\n[ \t]*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])|"
-                     r"(?:^|\s)\d{1,2}[.)]\s+(?=[A-Z])", text)
-    return [" ".join(s.split()) for s in found if re.search(r"[A-Za-z]{3}", s)]
+    # MIMIC wraps lines, so only a blank line ends a sentence; "2) Small effusion" is numbered
+    found = re.split(r"\n[ \t]*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
+    return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(s.split())) for s in found
+            if re.search(r"[A-Za-z]{3}", s)]
 
 
 # ------------------------------------------------------------------------------------------------
