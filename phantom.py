@@ -48,10 +48,17 @@ def pixel_grid(size):
     return np.meshgrid(line, line)
 
 
+@functools.lru_cache(maxsize=32)
+def stretch(size, cells):
+    """Bicubic interpolation from `cells` to `size` values as a matrix [size, cells]."""
+    unit = Image.fromarray(np.eye(cells, dtype=np.float32))
+    return np.array(unit.resize((cells, size), Image.Resampling.BICUBIC))
+
+
 def smooth_noise(rng, size, cells):
     """Noise of about `cells` bumps across the image, standard deviation near 0.7: [size, size]."""
-    noise = Image.fromarray(rng.standard_normal((cells, cells), dtype=np.float32))
-    return np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+    matrix = stretch(size, cells)
+    return matrix @ rng.standard_normal((cells, cells), dtype=np.float32) @ matrix.T
 
 
 def pick(rng, *things):
@@ -60,7 +67,7 @@ def pick(rng, *things):
 
 def ramp(distance, width):
     """0 outside, 1 inside, linear over `width` around distance 0."""
-    return np.clip(distance * (1 / width) + 0.5, 0, 1)
+    return np.minimum(np.maximum(distance * (1 / width) + 0.5, 0), 1)
 
 
 def disc(c, x, y, rx, ry=None, angle=0.0):
@@ -133,9 +140,9 @@ def render_chest(c, rng):
     lungs = c.lung[LEFT] + c.lung[RIGHT]
     film -= lungs * np.float32(rng.uniform(0.32, 0.40))
     c.markings = 0.035 * smooth_noise(rng, c.size, 22) * lungs
-    c.markings *= np.exp(-3.0 * (c.x_abs - 0.14) ** 2 - 2.0 * (c.y - 0.02) ** 2)
-    hila = np.exp(-40 * (c.x_abs - 0.19) ** 2 - 18 * (c.y - 0.02) ** 2)
-    film += c.markings + 0.09 * hila
+    from_hilum = (c.x_abs - 0.16) ** 2 + (c.y - 0.02) ** 2
+    c.markings *= np.maximum(1 - 1.2 * from_hilum, 0)             # vessels thin out
+    film += c.markings + 0.09 * np.maximum(1 - 14 * from_hilum, 0)
     film += c.cage * rib_band(c.rib_phase) * np.float32(rng.uniform(0.035, 0.055))
     film += ramp(1 - c.heart, 0.5) * 0.06
     film += ramp(0.10 - c.x_abs, 0.05) * (0.035 + 0.02 * np.cos(c.y * 44))      # spine
@@ -297,8 +304,8 @@ def draw_covid(c, anatomy):
 
 def draw_fracture(c, anatomy):
     rng = c.rng
-    side, x, k = pick(rng, LEFT, RIGHT), rng.uniform(0.38, 0.60), rng.integers(-2, 2)
-    y = (float(k) - c.rib_start) * 0.2 + 0.33 * x * x             # on the k-th rib
+    side, x, k = pick(rng, LEFT, RIGHT), rng.uniform(0.38, 0.60), pick(rng, -2, -1, 0, 1)
+    y = (k - c.rib_start) * 0.2 + 0.33 * x * x             # on the k-th rib
     along, rib = c.x * side - x, c.rib_phase - k                  # outwards; 0 on the rib, 1 = next
     near = ramp(1 - disc(c, side * x, y, 0.22, 0.17), 0.3)
     # the outer fragment is stepped by 0.4 of the gap between ribs; both are bright, the gap is dark
@@ -444,10 +451,11 @@ def develop(film, rng, size):
     """Blur, grain, exposure and contrast: float [S, S] -> uint8 [size, size]."""
     gain, gamma, black = rng.uniform(0.85, 1.1), rng.uniform(0.8, 1.25), rng.uniform(0, 0.06)
     film = film + smooth_noise(rng, film.shape[0], 5) * 0.022
-    grain = rng.standard_normal(film.shape, dtype=np.float32)
-    film = film + grain * np.float32(rng.uniform(0.006, 0.016))
-    film = np.clip(film, 0, 1.1) ** np.float32(gamma) * np.float32(gain) + np.float32(black)
-    image = Image.fromarray((np.clip(film, 0, 1) * 255).astype(np.uint8))
+    grain = rng.random(film.shape, dtype=np.float32) - np.float32(0.5)
+    film = film + grain * np.float32(rng.uniform(0.02, 0.055))
+    tone = np.linspace(0, 1.1, 1127) ** gamma * gain + black     # a table: a power a pixel is slow
+    tone = (np.clip(tone, 0, 1) * 255).astype(np.uint8)
+    image = Image.fromarray(tone[(np.clip(film, 0, 1.1) * 1023).astype(np.int16)])
     if rng.uniform() < 0.5:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.3, 0.6) * film.shape[0] / 64))
     if size != film.shape[0]:
