@@ -892,7 +892,7 @@ def load(dataset, root=None, *, size=None, views=None, cache_dir=None, workers=N
                 receipt = read_receipt(folder, root, made_from) or prepare(
                     dataset, root, folder, size, workers, options, made_from)
         except OSError as error:
-            raise InputError(f"cannot write the prepared images to {folder} ({error.strerror}); "
+            raise InputError(f"cannot write the prepared images to {folder} ({error}); "
                              "--cache-dir DIR puts them elsewhere")
     return Table(folder, root, receipt)
 
