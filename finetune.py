@@ -8,13 +8,14 @@
 Writes <out-dir>/finetune-<dataset>-<task>.pt, which load_finetuned() reads, and in <out-dir>/eval
 what evaluate.py would (.json, .npz, .png, the same names) and the curves of training.
 
-Differs from the released code in:
+Dice and IoU are means over the test images that have a mask. Over all images, where an empty mask
+left empty counts 1 and any other prediction 0, they are called dice_all and iou_all.
+
+Differs from the paper and the released code in:
 - The encoder is frozen as the paper says, batch-norm statistics too (released: trained along).
 - The epoch is chosen on the validation split (released: on the test split).
 - The linear classifier sees features standardised over the training images: the same family of
   functions, with steps that suit an encoder of any scale.
-- Dice and IoU are means over the images with a mask. Over all images, where an empty mask left
-  empty counts 1, else 0, they are called dice_all and iou_all.
 """
 import argparse
 import copy
@@ -54,7 +55,7 @@ PRESETS = {  # what two CPU cores finish in minutes
     ("synthetic", "segmentation"): dict(epochs=10, lr=3e-3, warmup_epochs=1.0, min_steps=300),
     ("covid-chestxray", "classification"): dict(epochs=100, lr=1e-2, warmup_epochs=5.0,
                                                 image_size=128),
-    ("covid-chestxray", "segmentation"): dict(epochs=60, lr=3e-3, warmup_epochs=2.0, batch_size=16,
+    ("covid-chestxray", "segmentation"): dict(epochs=30, lr=3e-3, warmup_epochs=2.0, batch_size=16,
                                               image_size=128)}
 MASKS_OF = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray": "lung"}
 CACHE_LIMIT = 4 << 30  # bytes of features kept in memory
@@ -111,8 +112,9 @@ def resolve(given):
                              f"{encoder.backbone}; leave --backbone out")
     else:
         encoder = MeDSLIPConfig(backbone="small", image_size=64) if preset else MeDSLIPConfig()
-    args = argparse.Namespace(**{**vars(args), "backbone": encoder.backbone,
-                                 "image_size": encoder.image_size, **preset, **given})
+    size = max(encoder.image_size, preset.get("image_size", 0))
+    args = argparse.Namespace(**{**vars(args), **preset, "backbone": encoder.backbone,
+                                 "image_size": size, **given})
     args.device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError("--device cuda, but PyTorch sees no GPU; leave --device out")
@@ -193,7 +195,7 @@ def split_parts(args, table, labels):
         values = np.array([targets[i] for i in rows] or blank, np.int8)
         parts[split] = dict(rows=rows, targets=torch.from_numpy(values), features=None)
         if split != "validate" and not {0, 1} <= {*np.unique(values)}:
-            raise InputError(f"the {split} split of {args.dataset} has {len(rows)} usable images, and "
+            raise InputError(f"the {split} split of {args.dataset} has {len(rows)} usable images; "
                              f"they do not both show and lack {' or '.join(labels[:3])}; "
                              "--split-file makes another split")
     return parts
@@ -431,7 +433,7 @@ def start(net, table, train, args):
 
 def fit(net, table, train, held, args):
     """Trains what is not frozen and leaves the network as it was at its best validation score.
-    Returns the curve: epoch, loss and validation score, at most 50 times."""
+    Returns the curve: epoch, loss and validation score, some 25 times."""
     start(net, table, train, args)
     count, size = len(train["rows"]), args.batch_size
     epochs = max(args.epochs, math.ceil(args.min_steps / math.ceil(count / size)))
@@ -457,7 +459,7 @@ def fit(net, table, train, held, args):
             loss.backward()
             optimizer.step()
             losses, step = losses + loss.detach() * (len(index) / count), step + 1
-        if epoch % max(1, epochs // 50) == 0 or epoch == epochs:
+        if epoch % max(1, epochs // 25) == 0 or epoch == epochs:
             score = validation_score(net, table, held, args)
             curve.append(dict(epoch=epoch, loss=losses.item(),
                               validation=None if math.isnan(score) else score))
@@ -548,7 +550,7 @@ def draw_masks(path, table, label, examples):
         for region, colour in ((mask, "cyan"), (scale_to(score, mask.shape), "yellow")):
             if region.any():
                 axis.contour(region, [0.5], colors=colour, linewidths=1.1)
-        axis.set_title(f"{table.ids[i][:28]}\nDice {dice:.2f}", fontsize=8)
+        axis.set_title(f"{table.ids[i][-28:]}\nDice {dice:.2f}", fontsize=8)
     figure.suptitle(f"{label}, the first test images with a mask (cyan); yellow: predicted",
                     fontsize=9)
     finish(figure, path)
