@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import data
 import text
@@ -300,7 +301,9 @@ def attention_maps(model, images, texts, kind):
 
     None       no maps
     pathology  cross-attention of the pathology query, mean over layers and heads (the paper's)
-    joint      the same, times the anatomy maps weighted by where the pathology is thought to be
+    joint      the same as means over 3 x 3 cells, since a cell sees its neighbours' pixels too, times
+               0.2 + the anatomy maps, weighted by where the pathology is thought to be (a single
+               stream has none)
     gradient   attention times what it adds to the existence logit, relu(A * dlogit/dA), summed
     """
     if kind == "gradient":
@@ -308,11 +311,12 @@ def attention_maps(model, images, texts, kind):
     out = model(images, *texts, need_attention=kind is not None)
     maps = out.pathology_attention
     if kind == "joint":
-        if out.anatomy_attention is None:
-            raise InputError("a single-stream model has no anatomy maps; use --attention pathology")
-        places = relation_probability(model, out, texts).to(maps)                        # [B,n,m]
-        where = out.anatomy_attention / out.anatomy_attention.amax((2, 3), keepdim=True)
-        maps = maps * torch.einsum("bnm,bnhw->bmhw", places / places.sum(1, keepdim=True), where)
+        maps = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)           # [B,m,h,w]
+        if out.anatomy_attention is not None:
+            places = relation_probability(model, out, texts).to(maps)                    # [B,n,m]
+            where = out.anatomy_attention / out.anatomy_attention.amax((2, 3), keepdim=True)
+            where = torch.einsum("bnm,bnhw->bmhw", places / places.sum(1, keepdim=True), where)
+            maps = maps * (0.2 + where / where.amax((2, 3), keepdim=True))
     return out, maps
 
 
@@ -917,7 +921,7 @@ def parse_args(argv=None):
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--batch-size", type=int, default=64)
     g = parser.add_argument_group("protocol")
-    g.add_argument("--attention", default="gradient", choices=["pathology", "joint", "gradient"],
+    g.add_argument("--attention", default="joint", choices=["pathology", "joint", "gradient"],
                    help="grounding, predict: which maps; the paper's are `pathology`")
     g.add_argument("--target", default="mask", choices=["mask", "box"],
                    help="grounding: masks where there are any, or boxes")
