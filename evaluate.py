@@ -301,9 +301,9 @@ def attention_maps(model, images, texts, kind):
 
     None       no maps
     pathology  cross-attention of the pathology query, mean over layers and heads (the paper's)
-    joint      the same as means over 3 x 3 cells, since a cell sees its neighbours' pixels too, times
-               0.2 + the anatomy maps, weighted by where the pathology is thought to be (a single
-               stream has none)
+    joint      the same as means over 3 x 3 cells, since a cell sees its neighbours' pixels too,
+               times 0.2 + the anatomy maps, weighted by where the pathology is thought to be (a
+               single stream has none)
     gradient   attention times what it adds to the existence logit, relu(A * dlogit/dA), summed
     """
     if kind == "gradient":

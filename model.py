@@ -93,8 +93,8 @@ def build_backbone(name):
     middle of a pair of pixels.
     """
     if name == "small":
-        # Even kernels: cells tile the image evenly, centres 1.5, 5.5, 9.5, ... And few layers: a cell
-        # sees 26 pixels. With 50 the network told a lesion from cells beside it, and pointed there.
+        # Even kernels: cells tile the image evenly, centres 1.5, 5.5, 9.5, ... And few layers: a
+        # cell sees 26 pixels. With 50 the network told a lesion from beside it, and pointed there.
         def down(c_in, c_out):
             return (nn.Conv2d(c_in, c_out, 4, 2, 1, bias=False), nn.BatchNorm2d(c_out),
                     nn.ReLU(inplace=True))

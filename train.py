@@ -72,10 +72,10 @@ def parse_args(argv=None):
     g = p.add_argument_group("what to learn from")
     g.add_argument("--data", choices=DATASETS, help="data set with reports (synthetic)")
     g.add_argument("--queries", choices=["published", "corpus"],
-                   help="the 75 pathologies and 51 anatomies published, or the commonest of these reports")
-    g.add_argument("--pathology-book", metavar="FILE", help="published prompt JSON for our definitions")
+                   help="75 pathologies and 51 anatomies as published, or the commonest here")
+    g.add_argument("--pathology-book", metavar="FILE", help="published prompts in place of ours")
     g.add_argument("--hold-out", metavar="A,B", help="pathologies left out of labels and queries")
-    g.add_argument("--text-encoder", metavar="NAME", help="Hugging Face BERT, its folder, or hashing")
+    g.add_argument("--text-encoder", metavar="NAME", help="Hugging Face BERT, its folder, hashing")
     g = p.add_argument_group("model")
     g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"])
     g.add_argument("--image-size", type=int, help="pixels a side")
@@ -117,20 +117,20 @@ def parse_args(argv=None):
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"],
                    help="auto: bf16 where the processor computes in it")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--deterministic", action="store_true", help="CUDA: same numbers each run, slower")
+    g.add_argument("--deterministic", action="store_true", help="CUDA: the same numbers, slower")
     g.add_argument("--log-every", type=int, metavar="STEPS")
     g.add_argument("--save-every", type=int, metavar="STEPS", help="besides the end of each epoch")
     return p.parse_args(argv)
 
 
 def resolve(given, saved=None):
-    """Flags given, else those of the run that is resumed, else the data set's defaults -> Namespace."""
+    """Flags given, else the resumed run's, else the data set's defaults -> Namespace."""
     given = {k: v for k, v in vars(given).items() if v is not None}
     changed = [f"--{k.replace('_', '-')} {v} (was {saved[k]})" for k, v in given.items()
                if saved and k not in FREE and k in saved and saved[k] != v]
     if changed:
-        raise InputError(f"--resume cannot change {', '.join(changed)}; leave it out, or start anew "
-                         f"in another --out-dir")
+        raise InputError(f"--resume cannot change {', '.join(changed)}; leave it out, or "
+                         f"start anew in another --out-dir")
     preset = SYNTHETIC if given.get("data", "synthetic") == "synthetic" else PAPER
     kept = {k: v for k, v in (saved or {}).items() if k not in ("resume", "max_steps")}
     args = argparse.Namespace(**{"data": "synthetic", **COMMON, **preset, **kept, **given})
@@ -138,7 +138,7 @@ def resolve(given, saved=None):
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.beta = getattr(args, "beta", 1.0 if args.streams == "dual" else 0.0)
     if args.streams == "single" and args.beta > 0:
-        raise InputError("--streams single has no anatomy stream for ICL to relate; leave --beta out")
+        raise InputError("--streams single has no anatomy stream for ICL; leave --beta out")
     for name, least in dict(accumulate=1, batch_size=1, epochs=1, layers=1, heads=1, dim=1,
                             image_size=16, log_every=1, save_every=1, augment_ops=0, seed=0,
                             warmup_epochs=0, lr=0, min_lr=0, weight_decay=0).items():
@@ -170,7 +170,7 @@ def split_names(listed):
 
 
 def build_queries(table, args):
-    """Both query sets with their prompts and frozen text vectors: all that inference needs of text."""
+    """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
     pathologies, anatomies = list(PATHOLOGIES), list(ANATOMIES)
     if args.queries == "corpus":
         triplets = (Triplet(p, a, v) for i in table.rows("train") for p, a, v in table.cells(i))
@@ -190,7 +190,7 @@ def build_queries(table, args):
 
 
 def pick_amp(choice, device):
-    """-> autocast dtype or None. On CPUs bf16 pays with AMX tiles only (AVX512_BF16 alone: x0.65)."""
+    """-> autocast dtype or None. On a CPU bf16 pays with AMX only (AVX512_BF16: 0.65 x the speed)."""
     if choice == "auto":
         if device.type == "cuda":
             choice = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
@@ -207,7 +207,7 @@ def seed_of(seed, step, part):
 @torch.inference_mode()
 def validate(model, table, queries, held_out, unmentioned, image_size, device, amp, rank=0,
              world=1):
-    """Macro AUROC of pathology existence on the validation reports; each process takes its share."""
+    """Macro AUROC of pathology existence by the validation reports, shared out to the processes."""
     model.eval()
     if world > 1:  # only the first process's batch-norm statistics go into the checkpoint
         for buffer in model.buffers():
@@ -244,7 +244,7 @@ def last_good(path, saved):
 
 
 def save_checkpoint(path, checkpoint, saved):
-    """Written beside, flushed to the disk, then renamed: whenever the process dies, `path` is whole."""
+    """Written beside, flushed, then renamed: whenever the process dies, `path` is whole."""
     draft = path.with_suffix(".tmp")
     try:
         with open(draft, "wb") as f:
@@ -329,12 +329,14 @@ def main(args):
         dist.barrier(patient)
     table = load_from_args(args)
     if not table.has_reports:
-        raise InputError(f"{args.data} has no reports to learn from; it serves evaluate.py and finetune.py")
+        raise InputError(f"{args.data} has no reports to learn from; it serves evaluate.py and "
+                         f"finetune.py")
     queries = checkpoint["queries"] if checkpoint else build_queries(table, args)
     if world > 1 and main_process:
         dist.barrier(patient)
     if checkpoint and checkpoint["fingerprint"] != table.receipt["fingerprint"]:
-        raise InputError(f"{table.root} has changed since the run began; --resume needs the same data")
+        raise InputError(f"{table.root} has changed since the run began; --resume needs the same "
+                         f"data")
     pathologies, anatomies = queries["pathology"]["names"], queries["anatomy"]["names"]
     pathology_text = queries["pathology"]["text"].to(device)                            # [m,T]
     anatomy_text = queries["anatomy"]["text"].to(device)                                # [n,T]
@@ -364,7 +366,8 @@ def main(args):
     matrices = [p for p in raw_model.parameters() if p.dim() > 1]
     vectors = [p for p in raw_model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}], lr=args.lr, fused=True)
+                                   {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.lr, fused=True)
     statistics = [b for b in raw_model.buffers() if b.is_floating_point()]  # batch norm's, [C] each
     step, best = 0, {"auroc": 0.0, "epoch": -1}
     if checkpoint:
@@ -436,11 +439,12 @@ def main(args):
         existence = batch["existence"].to(device, non_blocking=True)
         existence = existence[..., :len(pathologies)]                                   # [b,n,m]
         parts = []
-        for k, (x, y) in enumerate(zip(images.chunk(args.accumulate), existence.chunk(args.accumulate))):
+        pieces = zip(images.chunk(args.accumulate), existence.chunk(args.accumulate))
+        for k, (x, y) in enumerate(pieces):
             generator = torch.Generator().manual_seed(
                 seed_of(args.seed, step, rank * args.accumulate + k))
-            parts.append(augment(x, y, swap, generator, args.image_size, (args.crop, 1.0), args.flip,
-                                 args.augment_ops))
+            parts.append(augment(x, y, swap, generator, args.image_size, (args.crop, 1.0),
+                                 args.flip, args.augment_ops))
         # masked means divide by the count over the whole global batch: see losses.loss_counts
         counts = torch.stack([loss_counts(y, args.unmentioned) for _, y in parts]).sum(0)
         if world > 1:
@@ -466,7 +470,7 @@ def main(args):
             losses = losses + torch.stack([v.detach() for v in part.values()]) / args.accumulate
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
-        # With fused AdamW a set `found_inf` skips the update on the device: no wait to look at the loss
+        # With fused AdamW a set `found_inf` skips the update on the device, without a wait
         if world > 1:
             dist.all_reduce(losses)
             losses = losses / world
