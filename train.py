@@ -190,7 +190,7 @@ def build_queries(table, args):
 
 
 def pick_amp(choice, device):
-    """-> autocast dtype or None. On a CPU bf16 pays with AMX only (AVX512_BF16: 0.65 x the speed)."""
+    """-> autocast dtype or None. On a CPU bf16 pays with AMX only (AVX512_BF16: 0.65 x speed)."""
     if choice == "auto":
         if device.type == "cuda":
             choice = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
