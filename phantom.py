@@ -625,21 +625,18 @@ def make(film):
     drawn = draw(rng, film.size, choose_findings(rng, getattr(film, "among", None), sure))
     of, found = getattr(film, "of", None), drawn["findings"]
     masks = [f["mask"] for f in found if of in (None, f["pathology"])]
-    files = {"image": Image.fromarray(drawn["image"])}
-    if masks:                                         # bit k: the image's k-th row in boxes.csv
-        files["bits"] = Image.fromarray(sum(m.astype(np.uint8) << k for k, m in enumerate(masks)))
-    files["mask"] = Image.fromarray(np.any(masks or [drawn["lungs"] & False], 0)).convert("L")
-    files["lungs"] = Image.fromarray(drawn["lungs"]).convert("L")
-    files["report"] = drawn["report"]
-    for kind in files.keys() & vars(film).keys():
-        path = getattr(film, kind)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if kind == "report":
-            write_text(path, files[kind])
-        elif kind != "image":
-            files[kind].save(path)
-        else:
-            save_image(film, files[kind])
+    os.makedirs(os.path.dirname(film.image), exist_ok=True)
+    save_image(film, Image.fromarray(drawn["image"]))
+    if hasattr(film, "report"):
+        write_text(film.report, drawn["report"])
+    if hasattr(film, "bits") and masks:               # bit k: the image's k-th row in boxes.csv
+        bits = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks))
+        Image.fromarray(bits).save(film.bits, compress_level=1)
+    if hasattr(film, "mask"):
+        union = np.any(masks, 0) if masks else np.zeros_like(drawn["lungs"])
+        Image.fromarray(union).convert("L").save(film.mask)
+    if hasattr(film, "lungs"):
+        Image.fromarray(drawn["lungs"]).convert("L").save(film.lungs)
     film.cells = [(f["pathology"], f["anatomy"]) for f in found]
     film.boxes = [f["box"] for f in found]
     film.rle = [runs for mask in masks for runs in encode_rle(mask)] if of else []
@@ -896,6 +893,7 @@ def write_siim(root, rows, film, run, variant):
                    "png": f"{root}/png_images/{f.row.index}.png"}[variant]
         if variant == "png":
             f.mask = f"{root}/png_masks/{f.row.index}.png"
+            os.makedirs(f"{root}/png_masks", exist_ok=True)
     films = run(films)
     if variant == "png":
         for part in ("train", "test"):
@@ -1046,6 +1044,7 @@ def write_covid_chestxray(root, rows, film, run, variant):
                           sure=("covid-19", 0.6)))
         if row.index % 2 == 0:
             films[-1].lungs = f"{root}/annotations/lungVAE-masks/{stem}_mask.png"
+    os.makedirs(f"{root}/annotations/lungVAE-masks")
     header = ("patientid,offset,sex,age,finding,survival,intubated,intubation_present,went_icu,"
               "in_icu,needed_supplemental_O2,extubated,temperature,pO2_saturation,leukocyte_count,"
               "neutrophil_count,lymphocyte_count,view,modality,date,location,folder,filename,doi,"
