@@ -301,9 +301,9 @@ def attention_maps(model, images, texts, kind):
 
     None       no maps
     pathology  cross-attention of the pathology query, mean over layers and heads (the paper's)
-    joint      the same as means over 3 x 3 cells, since a cell sees its neighbours' pixels too,
-               times 0.2 + the anatomy maps, weighted by where the pathology is thought to be (a
-               single stream has none)
+    joint      the same, averaged over 3 x 3 cells twice, since a cell sees its neighbours' pixels
+               too, times 0.1 + the anatomy maps, averaged once and weighted by where the pathology
+               is thought to be (a single stream has none)
     gradient   attention times what it adds to the existence logit, relu(A * dlogit/dA), summed
     """
     if kind == "gradient":
@@ -311,13 +311,18 @@ def attention_maps(model, images, texts, kind):
     out = model(images, *texts, need_attention=kind is not None)
     maps = out.pathology_attention
     if kind == "joint":
-        maps = F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)           # [B,m,h,w]
+        maps = smooth(smooth(maps))                                                      # [B,m,h,w]
         if out.anatomy_attention is not None:
             places = relation_probability(model, out, texts).to(maps)                    # [B,n,m]
             where = out.anatomy_attention / out.anatomy_attention.amax((2, 3), keepdim=True)
-            where = torch.einsum("bnm,bnhw->bmhw", places / places.sum(1, keepdim=True), where)
-            maps = maps * (0.2 + where / where.amax((2, 3), keepdim=True))
+            where = smooth(torch.einsum("bnm,bnhw->bmhw", places, where))
+            maps = maps * (0.1 + where / where.amax((2, 3), keepdim=True))
     return out, maps
+
+
+def smooth(maps):
+    """Means over 3 x 3 cells of maps [B,m,h,w]; the border repeats."""
+    return F.avg_pool2d(F.pad(maps, (1, 1, 1, 1), mode="replicate"), 3, 1)
 
 
 def gradient_maps(model, images, texts):
