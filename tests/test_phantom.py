@@ -333,7 +333,8 @@ def test_chexpert(tmp_path, variant):
         values = {v for row in rows for v in row[5:]}
         assert values <= ({"1.0", "0.0"} if part == "valid" else {"1.0", "0.0", "-1.0", ""})
         for row in rows:
-            assert re.fullmatch(rf"{release}/{part}/patient\d{{5}}/study\d/view1_frontal.jpg", row[0])
+            shape = rf"{release}/{part}/patient\d{{5}}/study\d/view1_frontal.jpg"
+            assert re.fullmatch(shape, row[0])
             assert Image.open(top / row[0]).size in ((32, 26), (26, 32))
 
 
@@ -351,7 +352,8 @@ def test_openi(tmp_path):
     assert "normal" in terms and any(t.count("/") > 1 for t in terms)
     root = write("openi", tmp_path / "kaggle", 30, variant="kaggle")
     reports, views = lines(root / "indiana_reports.csv"), lines(root / "indiana_projections.csv")
-    assert ",".join(reports[0]) == "uid,MeSH,Problems,image,indication,comparison,findings,impression"
+    assert reports[0] == ["uid", "MeSH", "Problems", "image", "indication", "comparison",
+                          "findings", "impression"]
     assert all((root / "images/images_normalized" / row[1]).exists() for row in views[1:])
     assert [row[0] for row in reports[1:]] == [row[0] for row in views[1:]]
 
