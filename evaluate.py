@@ -20,6 +20,7 @@ import csv
 import json
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
