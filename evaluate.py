@@ -306,8 +306,8 @@ def attention_maps(model, images, texts, kind):
                smoothed, since a cell sees its neighbours' pixels too (one stream: only smoothed)
     mirror     joint, of the image and of its mirror image together
 
-    Phantoms, default recipe, pointing and Dice: pathology .50 .36 (seed 0), joint .74 .50 and mirror
-    .76 .52 (means of three seeds). Attention times the gradient of the existence logit (Chefer et
+    Phantoms, default recipe, pointing and Dice: pathology .50 .36 (seed 0), joint .74 .50 and
+    mirror .76 .52 (means of three seeds). Attention times the gradient of the existence logit (Chefer et
     al. 2021) did no better than the first, and so is not here.
     """
     if kind == "mirror":
