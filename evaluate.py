@@ -307,8 +307,8 @@ def attention_maps(model, images, texts, kind):
     mirror     joint, of the image and of its mirror image together
 
     Phantoms, default recipe, pointing and Dice: pathology .50 .36 (seed 0), joint .74 .50 and
-    mirror .76 .52 (means of three seeds). Attention times the gradient of the existence logit (Chefer et
-    al. 2021) did no better than the first, and so is not here.
+    mirror .76 .52 (means of three seeds). Attention times the gradient of the existence logit
+    (Chefer et al. 2021) did no better than the first, and so is not here.
     """
     if kind == "mirror":
         out, maps = attention_maps(model, images, texts, "joint")
