@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from losses import icl_loss, medslip_loss, proto_loss
 from model import MeDSLIP, MeDSLIPConfig
@@ -160,36 +161,32 @@ def inference_case(args, device):
     return step
 
 
-def published_proto_loss(z, text, existence, negative_index):
-    """ProtoCL as the released code computes it, step by step: prototypes in a loop over images and
-    queries, candidates spread out to vectors. z [B,q,T], text [k,T], existence [B,q,k]."""
-    B, q, k = existence.shape
-    positives = text.expand(B, q, k, -1) * (existence == 1).unsqueeze(-1)       # [B,q,k,T]
-    prototypes = torch.zeros_like(z)                                            # [B,q,T]
-    has_any = torch.zeros(B, q, dtype=torch.bool, device=z.device)
-    for b in range(B):
-        for i in range(q):
-            found = existence[b, i] == 1
-            if found.any():  # waits for the device, B q times a step
-                prototypes[b, i] = positives[b, i][found].mean(0)
-                has_any[b, i] = True
-    spread = text.expand(B, q, k, -1)
-    index = negative_index.unsqueeze(-1).expand(-1, -1, -1, text.shape[1])
-    negatives = spread.gather(2, index)                                         # [B,q,7,T]
-    candidates = torch.cat([prototypes.unsqueeze(2), negatives], 2)             # [B,q,8,T]
-    logits = (z.unsqueeze(2) * candidates).sum(-1)                              # [B,q,8]
-    target = torch.zeros(B, q, dtype=torch.long, device=z.device)
-    return torch.nn.functional.cross_entropy(logits[has_any], target[has_any])
-
-
 def published_losses(pathology_z, anatomy_z, relation, pathology_text, anatomy_text, existence,
                      pathology_negatives, anatomy_negatives):
-    proto = (published_proto_loss(pathology_z, anatomy_text, existence.transpose(1, 2),
-                                  pathology_negatives)
-             + published_proto_loss(anatomy_z, pathology_text, existence, anatomy_negatives))
+    """ProtoCL and ICL by the released algorithm. z [B,q,T], text [k,T], existence [B,n,m].
+
+    Labels and text vectors are both spread out over every image, query and candidate and multiplied
+    (six tensors [B,q,k,T], alive at once); a loop over images and queries takes each prototype from
+    its slab of the product, whose non-zero entries tell the number of positives.
+    """
+    streams = ((pathology_z, anatomy_text, existence.transpose(1, 2), pathology_negatives),
+               (anatomy_z, pathology_text, existence, anatomy_negatives))
+    labels = [(y == 1).float().unsqueeze(-1).repeat(1, 1, 1, z.shape[-1]) for z, _, y, _ in streams]
+    vectors = [text.repeat(*z.shape[:2], 1, 1) for z, text, _, _ in streams]    # [B,q,k,T]
+    slabs = [label * vector for label, vector in zip(labels, vectors)]          # [B,q,k,T]
     known = existence >= 0
-    return proto + torch.nn.functional.binary_cross_entropy_with_logits(
-        relation[known], existence[known].float())
+    loss = F.binary_cross_entropy_with_logits(relation[known], existence[known].float())
+    for (z, text, y, negatives), slab in zip(streams, slabs):
+        candidates = torch.cat([torch.zeros_like(z).unsqueeze(2), text[negatives]], 2)  # [B,q,8,T]
+        for b in range(z.shape[0]):
+            for i in range(z.shape[1]):
+                if (slab[b, i] != 0).sum() > 0:  # waits for the device, B q times a step
+                    positives = slab[b, i].nonzero(as_tuple=True)[0].unique()
+                    candidates[b, i, 0] = slab[b, i].sum(0) / len(positives)
+        found = (y == 1).any(-1)                                                # [B,q]
+        logits = (candidates @ z.unsqueeze(-1)).squeeze(-1)[found]              # [.,8]
+        loss = loss + F.cross_entropy(logits, torch.zeros_like(logits[:, 0], dtype=torch.long))
+    return loss
 
 
 def our_losses(pathology_z, anatomy_z, relation, pathology_text, anatomy_text, existence,

@@ -611,8 +611,9 @@ def grounding(args, model, table, rows):
              for name, c in lines + [("all", metrics | metrics["trivial"])]]
     print_table(["", "n", "pointing", "IoU", "Dice", "random", "brightest", "fixed", "fixed Dice"],
                 lines)
-    print(f"{args.attention} attention against each {args.target}; regions above {threshold:.2f} "
-          f"of the maximum (from {source}); trivial answers from {known}")
+    against = "masks, or boxes where there are none" if args.target == "mask" else "boxes"
+    print(f"{args.attention} attention against {against}; regions above {threshold:.2f} of the "
+          f"maximum (from {source}); trivial answers from {known}")
     arrays = dict(ids=np.array([table.ids[i] for i in index]), label=label,
                   **{key: values[:, k] for k, key in enumerate(ours + trivial)})
     shown = [e for k in range(4) for some in examples.values() for e in some[k:k + 1]][:12]
@@ -682,7 +683,7 @@ def embedding(args, model, table, rows, most=1000):
                     guess = probe.fit(x[a], y[a, k]).decision_function(x[b])
                     aurocs.append(classification_scores(y[b, k], guess)["auroc"])
             metrics[f"{target} from {stream} tokens"] = float(np.mean(aurocs)) if aurocs else None
-    some = rng.permutation(queried.shape[0] * queried.shape[1])[:4000]
+    some = rng.permutation(queried.shape[0] * queried.shape[1])[:2500]
     flat, disease = queried.reshape(-1, queried.shape[-1])[some], some % queried.shape[1]
     layout = {"diseases": flatten(flat, args.seed), "disease": disease, "values": values,
               "names": np.array(list(labels))}
@@ -757,7 +758,8 @@ def predict_files(args, model):
         picture = data.read_image(str(path))
         maps = {name: maps[0, k].cpu().numpy() for name, k in columns.items()}
         heats = [(row["finding"], row["probability"],
-                  heat_of(model, maps[row["finding"]], picture.shape, size)) for row in table[:4]]
+                  heat_of(model, maps[row["finding"]], picture.shape, size))
+                 for k, row in enumerate(table[:4]) if k == 0 or row["probability"] > 0.5]
         with replacing(folder / "predict.png") as draft:
             draw_answer(draft, picture, heats)
         print(f"heat maps: {folder / 'predict.png'}")
@@ -794,7 +796,7 @@ def draw_classes(path, per_class, arrays):
         column = list(arrays["names"]).index(name)
         label, score = arrays["labels"][:, column], arrays["scores"][:, column]
         x, y, _ = roc_curve(label[label >= 0], score[label >= 0])
-        curves.plot(x, y, linewidth=1, label=name, color=f"C{k}" if k < 10 else None)
+        curves.plot(x, y, linewidth=1, label=name, color=f"C{k % 10}", linestyle="-:"[k > 9])
     bars.set_yticks(range(len(shown)), [f"{s[3]} ({per_class[s[3]]['n_pos']})" for s in shown])
     bars.axvline(0.5, color="black", linewidth=0.8)
     bars.set(xlim=(min([0.4, *(s[1] for s in shown)]), 1),

@@ -134,8 +134,8 @@ class Attention(nn.Module):
                    for x, w, b in zip((queries, tokens, tokens), weights, biases))
         # q [B,heads,q,D/heads]; k, v [B,heads,t,D/heads]
         dropout, weights = self.dropout if self.training else 0.0, None
-        if need_weights:
-            weights = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
+        if need_weights or (dropout and q.device.type == "cpu"):  # no fused kernel has dropout there
+            weights = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
             weights = weights.softmax(-1)                                       # [B,heads,q,t]
             x = F.dropout(weights, dropout) @ v
         else:  # the fused kernel never writes the weights down
@@ -151,8 +151,8 @@ class QueryLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.self_attention = Attention(dim, heads, dropout)
         self.cross_attention = Attention(dim, heads, dropout)
-        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Dropout(dropout),
-                                 nn.Linear(4 * dim, dim))
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Dropout(dropout),
+                                 nn.ReLU(inplace=True), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, queries, tokens, need_attention):  # [B,q,D], [B,h*w,D]
@@ -254,10 +254,11 @@ class MeDSLIP(nn.Module):
         mask = self.mask(x)
         if self.config.mask == "sigmoid":
             mask = mask.sigmoid()                                               # M in 0..1
+        masked = mask * x
         p_tokens, p_queried, p_logits, p_z2, p_maps = self.pathology(  # Eq. 1: I^p = M * I^raw
-            mask * x, pathology_queries, need_attention)
+            masked, pathology_queries, need_attention)
         a_tokens, a_queried, a_logits, a_z2, a_maps = self.anatomy(    # Eq. 1: I^a = (1-M) * I^raw
-            (1 - mask) * x, self.text_projection(anatomy_text), need_attention)
+            x - masked, self.text_projection(anatomy_text), need_attention)
         return MeDSLIPOutput(
             p_logits, a_logits, p_queried, a_queried, p_z2, a_z2, self.relate(p_queried, a_queried),
             p_tokens, a_tokens, mean_map(p_maps, grid), mean_map(a_maps, grid))
