@@ -134,7 +134,7 @@ class Attention(nn.Module):
                    for x, w, b in zip((queries, tokens, tokens), weights, biases))
         # q [B,heads,q,D/heads]; k, v [B,heads,t,D/heads]
         dropout, weights = self.dropout if self.training else 0.0, None
-        if need_weights or (dropout and q.device.type == "cpu"):  # no fused kernel has dropout there
+        if need_weights or (dropout and q.device.type == "cpu"):  # no kernel there has dropout
             weights = (q / math.sqrt(q.shape[-1])) @ k.transpose(-2, -1)
             weights = weights.softmax(-1)                                       # [B,heads,q,t]
             x = F.dropout(weights, dropout) @ v

@@ -36,6 +36,7 @@ from text import InputError, Parser
 
 LEFT, RIGHT = 1, -1          # sign of x: the patient's left is on the image's right
 DETAIL = 256                 # films larger than this are drawn at 256 pixels and enlarged
+CONTRAST = 0.85              # of lesions: 1 is learned to near perfection in four epochs
 
 # ------------------------------------------------------------------------------------------------
 # The chest without findings
@@ -430,7 +431,7 @@ def draw(rng, size=64, findings=None):
     drawn = []
     for pathology, anatomy in wanted:
         for change, mask in (LOOKS | UNSEEN)[pathology][2](c, anatomy):
-            c.film = c.film + change
+            c.film = c.film + np.float32(CONTRAST) * change
             if mask.sum() >= small * small / 500:
                 drawn.append((pathology, anatomy, mask))
     image = develop(hang_hardware(c.film, rng), rng, size)

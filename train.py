@@ -52,12 +52,13 @@ COMMON = dict(
 PAPER = dict(  # Table II and Sec. III-B; the released augmentation
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
-    crop=0.2, augment_ops=2, queries="published", text_encoder="emilyalsentzer/Bio_ClinicalBERT")
+    beta=1.0, crop=0.2, augment_ops=2, queries="published",
+    text_encoder="emilyalsentzer/Bio_ClinicalBERT")
 SYNTHETIC = dict(  # phantoms of 64 pixels on two CPU cores
     epochs=4, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
     backbone="small", image_size=64, dim=96, layers=2, heads=4, dropout=0.0, position="sincos",
-    crop=0.8, augment_ops=0, flip="none", queries="corpus",
-    text_encoder="hashing")  # no flip: no phantom has its heart on the right
+    crop=0.8, augment_ops=0, queries="corpus", text_encoder="hashing",
+    beta=10.0)  # ICL is a mean over 532 cells, one or two positive: 1 learns it too slowly
 # flags that --resume may change freely; a change of any other is refused by name
 FREE = {"resume", "max_steps", "out_dir", "root", "cache_dir", "workers", "device", "log_every",
         "save_every", "accumulate", "compile"}
@@ -88,7 +89,8 @@ def parse_args(argv=None):
     g.add_argument("--streams", choices=["dual", "single"], help="DIS; single is MedKLIP")
     g.add_argument("--contrast", choices=["prototype", "random", "none"], help="PCL")
     g.add_argument("--alpha", type=float, help="weight of ProtoCL (1)")
-    g.add_argument("--beta", type=float, help="weight of ICL (1; 0 with a single stream)")
+    g.add_argument("--beta", type=float,
+                   help="weight of ICL (1; synthetic 10; 0 with a single stream)")
     g.add_argument("--mask", choices=["sigmoid", "linear"], help="released: linear")
     g.add_argument("--icl", choices=["cosine", "bare", "dot"],
                    help="scaled cosine, Eq. 5 as printed, or dot product as released")
@@ -136,9 +138,10 @@ def resolve(given, saved=None):
     args = argparse.Namespace(**{"data": "synthetic", **COMMON, **preset, **kept, **given})
     if "device" not in given:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    args.beta = getattr(args, "beta", 1.0 if args.streams == "dual" else 0.0)
-    if args.streams == "single" and args.beta > 0:
-        raise InputError("--streams single has no anatomy stream for ICL; leave --beta out")
+    if args.streams == "single":
+        if given.get("beta", 0) > 0:
+            raise InputError("--streams single has no anatomy stream for ICL; leave --beta out")
+        args.beta = 0.0
     for name, least in dict(accumulate=1, batch_size=1, epochs=1, layers=1, heads=1, dim=1,
                             image_size=16, log_every=1, save_every=1, augment_ops=0, seed=0,
                             warmup_epochs=0, lr=0, min_lr=0, weight_decay=0).items():
