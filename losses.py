@@ -34,8 +34,8 @@ def masked_mean(values, keep, count=None):
 
 def existence_loss(logits, labels, count=None):
     """Eq. 2: binary cross-entropy of logits [B,q] with labels [B,q] in {1,0,-1}; -1 is ignored."""
-    bce = F.binary_cross_entropy_with_logits(logits.float(), (labels == 1).float(),
-                                             reduction="none")
+    bce = F.binary_cross_entropy_with_logits(
+        logits.float(), (labels == 1).float(), reduction="none")                # [B,q] Eq. 2
     return masked_mean(bce, (labels == 0) | (labels == 1), count)
 
 
@@ -51,8 +51,9 @@ def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=T
     z, text = z.float(), text.float()
     present = existence == 1                                                    # [B,q,k]
     similarity = z @ text.T                                                     # [B,q,k] Z_2 . T
-    if prototype:  # Z . P = mean of Z . T+, with P of Eq. 3
-        positive = torch.where(present, similarity, 0).sum(-1) / present.sum(-1).clamp(min=1)
+    if prototype:  # Z . P of a mean P is the mean of the Z . T
+        positive = torch.where(present, similarity, 0).sum(-1)
+        positive = positive / present.sum(-1).clamp(min=1)                      # [B,q] Z_2 . P, Eq. 3
     else:
         draw = torch.rand_like(similarity).masked_fill(~present, -1).argmax(-1, keepdim=True)
         positive = similarity.gather(-1, draw).squeeze(-1)                      # [B,q]
@@ -68,7 +69,7 @@ def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=T
 
 def icl_loss(relation_logits, existence, count=None):
     """Eq. 6: binary cross-entropy of pair logits [B,n,m] where existence [B,n,m] is 0 or 1."""
-    return existence_loss(relation_logits, existence, count)
+    return existence_loss(relation_logits, existence, count)                    # Eq. 6
 
 
 def loss_counts(existence, unmentioned="ignore"):
@@ -111,5 +112,5 @@ def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1
                                    anatomy_negatives, prototype, counts[3])
     icl = icl_loss(out.relation_logits, existence, counts[4])
     alpha = 0.0 if contrast == "none" else alpha
-    return {"loss": exist + alpha * proto + beta * icl,
+    return {"loss": exist + alpha * proto + beta * icl,                         # Eq. 7
             "existence": exist, "protocl": proto, "icl": icl}

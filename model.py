@@ -254,11 +254,12 @@ class MeDSLIP(nn.Module):
         mask = self.mask(x)
         if self.config.mask == "sigmoid":
             mask = mask.sigmoid()                                               # M in 0..1
-        masked = mask * x
-        p_tokens, p_queried, p_logits, p_z2, p_maps = self.pathology(  # Eq. 1: I^p = M * I^raw
-            masked, pathology_queries, need_attention)
-        a_tokens, a_queried, a_logits, a_z2, a_maps = self.anatomy(    # Eq. 1: I^a = (1-M) * I^raw
-            x - masked, self.text_projection(anatomy_text), need_attention)
+        x_p = mask * x                               # [B,h*w,C] Eq. 1: I^p = M * I^raw
+        x_a = x - x_p                                # [B,h*w,C] Eq. 1: I^a = (1 - M) * I^raw
+        p_tokens, p_queried, p_logits, p_z2, p_maps = self.pathology(
+            x_p, pathology_queries, need_attention)
+        a_tokens, a_queried, a_logits, a_z2, a_maps = self.anatomy(
+            x_a, self.text_projection(anatomy_text), need_attention)
         return MeDSLIPOutput(
             p_logits, a_logits, p_queried, a_queried, p_z2, a_z2, self.relate(p_queried, a_queried),
             p_tokens, a_tokens, mean_map(p_maps, grid), mean_map(a_maps, grid))

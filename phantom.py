@@ -4,9 +4,9 @@
     python phantom.py --layout siim --root /tmp/siim --count 100 --size 256
     python phantom.py --layout mimic --root /tmp/mimic --count 2000
 
-train.py draws its own data in the mimic layout on first use. Nothing here is meant to teach
-radiology: the looks are cartoons of thirteen findings, hard enough that brightness, one fixed point
-or the size of the heart do not give the answers away.
+train.py has its own data drawn in the mimic layout on first use. Nothing here is meant to teach
+radiology: the looks are cartoons of thirteen findings and COVID-19, drawn so that neither the
+brightest point nor one fixed point a finding tells where they are (tests/test_phantom.py).
 
 Images are drawn in a chest frame: x runs over [-1, 1] from left to right of the image, y downwards,
 the spine at x = 0. The patient's left is on the image's RIGHT, as on every radiograph. A finding is
@@ -323,8 +323,7 @@ def draw_tube(c, anatomy):
         y0, y1 = rng.uniform(0.10, 0.35), rng.uniform(-0.45, -0.20)
         points = [(side * 0.95, y0 + 0.12), (side * 0.66, y0), (side * rng.uniform(0.3, 0.5), y1)]
         d = np.minimum(segment(c, *points[0], *points[1]), segment(c, *points[1], *points[2]))
-        seen = d < 0.055
-        seen &= c.chest < 1
+        seen = (d < 0.055) & (c.chest < 1)
     else:
         x, tip = rng.uniform(-0.015, 0.035), rng.uniform(-0.38, -0.22)
         d = segment(c, x + rng.normal(0, 0.03), -1.3, x, tip)
@@ -362,16 +361,11 @@ SPOTS = {"pleural": "lower", "diaphragm": "lower", "lower_lung": "lower", "apica
 
 
 def spots(pathology, anatomy):
-    if pathology == "edema":
-        return {"left mid", "right mid"}
-    if pathology == "covid-19":
-        return {"left lower", "right lower"}
-    if pathology == "tube" and side_of(anatomy):
-        return {anatomy.split("_")[0] + " drain"}
-    if "_" not in anatomy or anatomy == "heart_size":
-        return {anatomy}
-    side, rest = anatomy.split("_", 1)
-    return {f"{side} {SPOTS[rest]}"}
+    bilateral = {"edema": "mid", "covid-19": "lower"}.get(pathology)
+    if bilateral:
+        return {f"left {bilateral}", f"right {bilateral}"}
+    side, _, place = anatomy.partition("_")
+    return {f"{side} {'drain' if pathology == 'tube' else SPOTS.get(place, place)}"}
 
 
 def choose_findings(rng, among=None, sure=None):
@@ -381,39 +375,36 @@ def choose_findings(rng, among=None, sure=None):
     """
     names = list(among or LOOKS)
     weights = np.array([LOOKS[name][0] for name in names])
-    wanted = rng.choice([0, 1, 2, 3], p=[0.24, 0.34, 0.27, 0.15])
-    chosen, taken = [], set()
+    wanted = min(rng.choice([0, 1, 2, 3], p=[0.24, 0.34, 0.27, 0.15]), len(names))
+    chosen, taken = {}, set()                         # pathology: anatomy
 
     def add(pathology, anatomies):
         free = [a for a in anatomies if not spots(pathology, a) & taken]
-        if free and len(chosen) < 3:
-            chosen.append((pathology, free[rng.integers(len(free))]))
-            taken.update(spots(*chosen[-1]))
+        if free and pathology not in chosen and len(chosen) < 3:
+            chosen[pathology] = free[rng.integers(len(free))]
+            taken.update(spots(pathology, chosen[pathology]))
 
     if sure:
         add(sure, (LOOKS | UNSEEN)[sure][1])
-    weights = weights / weights.sum()
-    for name in rng.choice(names, size=min(wanted, len(names)), replace=False, p=weights).tolist():
-        if name not in [p for p, _ in chosen]:
-            add(name, LOOKS[name][1])
-        pathology, anatomy = chosen[-1] if chosen else ("", "")
-        if pathology in ("consolidation", "pneumonia") and not among and rng.uniform() < 0.3:
-            if "effusion" not in [p for p, _ in chosen]:
-                add("effusion", [anatomy.split("_")[0] + "_pleural"])
-    return chosen
+    for name in rng.choice(names, wanted, replace=False, p=weights / weights.sum()).tolist():
+        add(name, LOOKS[name][1])
+        last = next(reversed(chosen), None)
+        if last in ("consolidation", "pneumonia") and not among and rng.uniform() < 0.3:
+            add("effusion", [chosen[last].split("_")[0] + "_pleural"])
+    return list(chosen.items())
 
 
 def bounding_box(mask):
-    """(x, y, width, height) in pixels, at least a tenth of the image each way, inside the image."""
-    size = mask.shape[0]
+    """(x, y, width, height) inside the image, none below 0.094 of it: 6 pixels of 64."""
     sides = []
-    for axis in (0, 1):
-        hit = np.flatnonzero(mask.any(axis))
-        low, high = hit[0], hit[-1] + 1
-        need = max(0, 0.094 * size - (high - low)) / 2
-        low = min(max(low - need, 0), size - (high - low) - 2 * need)
-        sides.append((float(low), float(high - hit[0] + 2 * need)))
-    return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+    for axis in (0, 1):                               # columns, then rows
+        hit, size = np.flatnonzero(mask.any(axis)), mask.shape[0]
+        length = hit[-1] + 1 - hit[0]
+        grow = max(0, 0.094 * size - length)
+        low = min(max(hit[0] - grow / 2, 0), size - length - grow)
+        sides.append((float(low), float(length + grow)))
+    (x, width), (y, height) = sides
+    return x, y, width, height
 
 
 def draw(rng, size=64, findings=None):
@@ -421,8 +412,8 @@ def draw(rng, size=64, findings=None):
 
     findings: list of (pathology, anatomy) to draw; by default `choose_findings` draws 0-3.
     Returns {"image" uint8 [S, S]; "findings": a list of {"pathology", "anatomy", "box", "mask" bool
-    [S, S]}; "lungs" bool [S, S]; "report" str as in a MIMIC file; "sections" and "mentions" of it,
-    see `dictate`}.
+    [S, S]}, two of a bilateral one, none of one too small to see; "lungs" bool [S, S]; "report" str
+    as in a MIMIC file; "sections" and "mentions" of it, see `dictate`}.
     """
     wanted = choose_findings(rng) if findings is None else list(findings)
     small = min(size, DETAIL)
@@ -435,17 +426,17 @@ def draw(rng, size=64, findings=None):
             if mask.sum() >= small * small / 500:
                 drawn.append((pathology, anatomy, mask))
     image = develop(hang_hardware(c.film, rng), rng, size)
-    found = []
     lungs = c.lung[LEFT] + c.lung[RIGHT] > 0.5
     if size != small:
-        def enlarge(mask):
-            return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
-        drawn, lungs = [(p, a, enlarge(mask)) for p, a, mask in drawn], enlarge(lungs)
-    for pathology, anatomy, mask in drawn:
-        found.append(dict(pathology=pathology, anatomy=anatomy, box=bounding_box(mask), mask=mask))
+        drawn, lungs = [(p, a, enlarge(mask, size)) for p, a, mask in drawn], enlarge(lungs, size)
     sections, mentions = dictate(rng, list(dict.fromkeys((p, a) for p, a, _ in drawn)))
-    return dict(image=image, findings=found, lungs=lungs, report=lay_out(sections),
-                sections=sections, mentions=mentions)
+    return dict(image=image, lungs=lungs, findings=[
+        dict(pathology=p, anatomy=a, box=bounding_box(mask), mask=mask) for p, a, mask in drawn],
+        report=lay_out(sections), sections=sections, mentions=mentions)
+
+
+def enlarge(mask, size):
+    return np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
 
 
 def develop(film, rng, size):
@@ -467,31 +458,31 @@ def develop(film, rng, size):
 # ------------------------------------------------------------------------------------------------
 # The report: what a radiologist might dictate about the drawn findings
 
-# {where} is a place in words, {side} left or right, {amount} a word or nothing; capitals likewise
-_PATCH = ["{Amount}{name} in the {where}.", "There is {amount}{name} in the {where}.",
-          "{Where} {name}.", "{Where} {name} is noted.", "{Amount}{name} is seen in the {where}."]
-_BALL = ["{A} {name} in the {where}.", "There is a {name} in the {where}.", "{Where} {name}.",
+# {where} is a place in words, {side} left or right, {amount} and {a} a word or nothing
+PATCH = ["{amount}{name} in the {where}.", "There is {amount}{name} in the {where}.",
+          "{where} {name}.", "{where} {name} is noted.", "{amount}{name} is seen in the {where}."]
+BALL = ["{a} {name} in the {where}.", "There is a {name} in the {where}.", "{where} {name}.",
          "A {name} projects over the {where}."]
 STATED = {
-    "effusion": ["{Amount}{side} pleural effusion.", "There is a {amount}{side} pleural effusion.",
-                 "{Amount}pleural effusion on the {side}.",
-                 "{Amount}{side}-sided pleural effusion is seen.",
+    "effusion": ["{amount}{side} pleural effusion.", "There is a {amount}{side} pleural effusion.",
+                 "{amount}pleural effusion on the {side}.",
+                 "{amount}{side}-sided pleural effusion is seen.",
                  "Blunted {side} costophrenic angle from a {side} pleural effusion."],
-    "pneumothorax": ["{Amount}{side} apical pneumothorax.",
-                     "{Side} apical pneumothorax is present.",
+    "pneumothorax": ["{amount}{side} apical pneumothorax.",
+                     "{side} apical pneumothorax is present.",
                      "There is a {amount}{side} apical pneumothorax.",
-                     "{Amount}pneumothorax at the {side} apex."],
-    "consolidation": _PATCH, "opacity": _PATCH, "pneumonia": _PATCH, "nodule": _BALL, "mass": _BALL,
-    "atelectasis": ["{Side} basilar atelectasis.", "{Amount}atelectasis at the {side} lung base.",
+                     "{amount}pneumothorax at the {side} apex."],
+    "consolidation": PATCH, "opacity": PATCH, "pneumonia": PATCH, "nodule": BALL, "mass": BALL,
+    "atelectasis": ["{side} basilar atelectasis.", "{amount}atelectasis at the {side} lung base.",
                     "Plate-like atelectasis in the {where}.",
                     "There is {amount}atelectasis at the {side} base."],
-    "cardiomegaly": ["{Amount}cardiomegaly.", "There is {amount}cardiomegaly.",
+    "cardiomegaly": ["{amount}cardiomegaly.", "There is {amount}cardiomegaly.",
                      "Cardiomegaly is present."],
     "edema": ["Bilateral perihilar edema.", "There is {amount}perihilar edema on both sides.",
-              "{Amount}bilateral perihilar pulmonary edema."],
+              "{amount}bilateral perihilar pulmonary edema."],
     "fracture": ["Displaced {side} rib fracture.", "There is a rib fracture on the {side}.",
                  "Fracture of a {side} rib is seen.", "Rib fracture."],
-    "tube": ["A {side} pleural tube is in place.", "{Side} pleural tube.",
+    "tube": ["A {side} pleural tube is in place.", "{side} pleural tube.",
              "There is a {side} pleural tube."],
     "trachea": ["Endotracheal tube in the trachea.", "An endotracheal tube is in the trachea.",
                 "There is a tube in the trachea."],
@@ -500,7 +491,7 @@ STATED = {
                   "Elevated {side} hemidiaphragm."],
     "covid-19": ["Peripheral opacities at both lung bases.",
                  "There are bilateral basilar opacities."]}
-HEDGED = ["Possible {name} in the {where}.", "{Name} in the {where} cannot be excluded."]
+HEDGED = ["Possible {name} in the {where}.", "{name} in the {where} cannot be excluded."]
 DENIED = {"effusion": "pleural effusion", "opacity": "focal opacity", "edema": "pulmonary edema",
           "consolidation": "focal consolidation", "fracture": "rib fracture",
           "tube": "endotracheal tube", "elevation": "elevation of the hemidiaphragm"}
@@ -521,9 +512,7 @@ def sentence(templates, pathology, anatomy, rng):
     where = place_words(anatomy, rng)
     amount = pick(rng, "", "", "small ", "moderate ", "mild ", "large ")
     said = pick(rng, *templates).format(
-        name=pathology, Name=pathology.capitalize(), where=where, Where=where.capitalize(),
-        side=side, Side=side.capitalize(), amount=amount, Amount=amount,
-        A=pick(rng, "Small", "Round", "A"))
+        name=pathology, where=where, side=side, amount=amount, a=pick(rng, "small", "round", "a"))
     return said[0].upper() + said[1:]
 
 
@@ -541,11 +530,11 @@ def dictate(rng, cells):
         if luck < 0.10 and anatomy in LUNG_ZONES:
             seen.append(sentence(HEDGED, pathology, anatomy, rng))
             mentions.setdefault(pathology, -1)
-            continue
-        templates = STATED["trachea" if anatomy == "trachea" else pathology]
-        seen.append(sentence(templates, pathology, anatomy, rng))
-        impression.append(sentence(templates, pathology, anatomy, rng))
-        mentions[pathology] = 1
+        else:
+            templates = STATED["trachea" if anatomy == "trachea" else pathology]
+            for said in (seen, impression):
+                said.append(sentence(templates, pathology, anatomy, rng))
+            mentions[pathology] = 1
     drawn = {pathology for pathology, _ in cells}
     absent = [p for p in LOOKS if p not in drawn and rng.uniform() < 0.3]
     mentions.update((p, 0) for p in absent)
@@ -650,7 +639,7 @@ def encode_rle(mask, frame=1024):
 
     Tall masks come as two overlapping pieces, as if drawn by two readers.
     """
-    mask = np.asarray(Image.fromarray(mask).resize((frame, frame), Image.Resampling.NEAREST))
+    mask = enlarge(mask, frame)
     rows, pieces = np.flatnonzero(mask.any(1)), []
     cut = (rows[0] + rows[-1]) // 2
     tall = rows[-1] - rows[0] > 0.25 * frame
