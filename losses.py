@@ -53,7 +53,7 @@ def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=T
     similarity = z @ text.T                                                     # [B,q,k] Z_2 . T
     if prototype:  # Z . P of a mean P is the mean of the Z . T
         positive = torch.where(present, similarity, 0).sum(-1)
-        positive = positive / present.sum(-1).clamp(min=1)                      # [B,q] Z_2 . P, Eq. 3
+        positive = positive / present.sum(-1).clamp(min=1)                    # [B,q] Z_2 . P, Eq. 3
     else:
         draw = torch.rand_like(similarity).masked_fill(~present, -1).argmax(-1, keepdim=True)
         positive = similarity.gather(-1, draw).squeeze(-1)                      # [B,q]
