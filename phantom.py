@@ -14,7 +14,6 @@ the spine at x = 0. The patient's left is on the image's RIGHT, as on every radi
 
 S pixels a side. Boxes are (x, y, width, height) in pixels from the top left corner.
 """
-import collections
 import csv
 import functools
 import gzip
@@ -586,50 +585,58 @@ def lay_out(sections):
 
 
 # ------------------------------------------------------------------------------------------------
-# From drawings to files. A film says what to draw and where to write it; a worker draws it and adds
-# what the label files need: cells, boxes, mentions, sections, rle.
-
-Row = collections.namedtuple("Row", "index patient visit split age sex view")
+# From drawings to files
 
 
-def plan(count, seed):
-    """Who the images are of, a Row each: patients come 1-3 times; splits by patient, 8:1:1."""
-    rng, rows, patient = np.random.default_rng([seed, 0]), [], 0
-    while len(rows) < count:
+class Film(types.SimpleNamespace):
+    """Whose image, what to draw and where to write it; plan() gives seed, size, index, patient,
+    visit, split, age, sex and view, a writer gives image, the path, and may change what is below.
+    make() adds what the label files need: cells, boxes, mentions, sections, rle."""
+    among = None                                # choose the findings from these pathologies alone
+    sure = (None, 0)                            # (pathology, in this share of the films it is sure)
+    mode, shape = "L", None                     # of the image file: Pillow's; (height, width)
+    raw = False                                 # see save_dicom
+    report = bits = mask = lungs = None         # paths of other files, if they are wanted
+    of = None                                   # the pathology whose masks are written; None: all
+
+
+def plan(count, seed, size):
+    """The films of a set: patients come 1-3 times; splits by patient, 8:1:1."""
+    rng, films, patient = np.random.default_rng([seed, 0]), [], 0
+    while len(films) < count:
         if patient % 10 == 0:
             splits = rng.permutation(["train"] * 8 + ["validate", "test"]).tolist()
         age, sex = int(rng.integers(18, 90)), pick(rng, "M", "F")
-        for visit in range(min(rng.integers(1, 4), count - len(rows))):
-            rows.append(Row(len(rows), patient, visit, splits[patient % 10], age, sex,
-                            pick(rng, "PA", "AP")))
+        for visit in range(min(rng.integers(1, 4), count - len(films))):
+            films.append(Film(seed=seed, size=size, index=len(films), patient=patient, visit=visit,
+                              split=splits[patient % 10], age=age, sex=sex,
+                              view=pick(rng, "PA", "AP")))
         patient += 1
-    return rows
+    return films
 
 
 def make(film):
-    """Draw one film and write its files. `sure` (pathology, rate) and `among` steer the findings;
-    `of` names the pathology whose masks are written."""
-    rng = np.random.default_rng([film.seed, 1, film.row.index])
-    sure, rate = getattr(film, "sure", (None, 0))
+    """Draw one film and write its files."""
+    rng = np.random.default_rng([film.seed, 1, film.index])
+    sure, rate = film.sure
     sure = sure if rng.uniform() < rate else None
-    drawn = draw(rng, film.size, choose_findings(rng, getattr(film, "among", None), sure))
-    of, found = getattr(film, "of", None), drawn["findings"]
-    masks = [f["mask"] for f in found if of in (None, f["pathology"])]
-    os.makedirs(os.path.dirname(film.image), exist_ok=True)
+    drawn = draw(rng, film.size, choose_findings(rng, film.among, sure))
+    found = drawn["findings"]
+    masks = [f["mask"] for f in found if film.of in (None, f["pathology"])]
     save_image(film, Image.fromarray(drawn["image"]))
-    if hasattr(film, "report"):
+    if film.report:
         write_text(film.report, drawn["report"])
-    if hasattr(film, "bits") and masks:               # bit k: the image's k-th row in boxes.csv
+    if film.bits and masks:                           # bit k: the image's k-th row in boxes.csv
         bits = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks))
-        Image.fromarray(bits).save(film.bits, compress_level=1)
-    if hasattr(film, "mask"):
-        union = np.any(masks, 0) if masks else np.zeros_like(drawn["lungs"])
-        Image.fromarray(union).convert("L").save(film.mask)
-    if hasattr(film, "lungs"):
-        Image.fromarray(drawn["lungs"]).convert("L").save(film.lungs)
+        Image.fromarray(bits).save(with_folder(film.bits), compress_level=1)
+    if film.mask:
+        union = np.any(masks or [np.zeros_like(drawn["lungs"])], 0)
+        Image.fromarray(union).convert("L").save(with_folder(film.mask))
+    if film.lungs:
+        Image.fromarray(drawn["lungs"]).convert("L").save(with_folder(film.lungs))
     film.cells = [(f["pathology"], f["anatomy"]) for f in found]
     film.boxes = [f["box"] for f in found]
-    film.rle = [runs for mask in masks for runs in encode_rle(mask)] if of else []
+    film.rle = [runs for mask in masks for runs in encode_rle(mask)] if film.of else []
     film.mentions, film.sections = drawn["mentions"], dict(drawn["sections"])
     return film
 
@@ -652,16 +659,17 @@ def encode_rle(mask, frame=1024):
 
 
 def save_image(film, image):
-    """PNG, JPEG or DICOM by the ending of film.image; film.shape (height, width) stretches it."""
-    image = image.convert(getattr(film, "mode", "L"))
-    if hasattr(film, "shape"):
+    """PNG, JPEG or DICOM by the ending of film.image."""
+    image = image.convert(film.mode)
+    if film.shape:
         image = image.resize(film.shape[::-1], Image.Resampling.BICUBIC)
-    if film.image.endswith(".dcm"):
+    path = with_folder(film.image)
+    if path.endswith(".dcm"):
         save_dicom(film, image)
-    elif film.image.endswith(".png"):
-        image.save(film.image, compress_level=1)
+    elif path.endswith(".png"):
+        image.save(path, compress_level=1)
     else:
-        image.save(film.image, quality=95)
+        image.save(path, quality=95)
 
 
 def save_dicom(film, image):
@@ -672,34 +680,34 @@ def save_dicom(film, image):
     import pydicom
     from pydicom import uid
     from pydicom.encaps import encapsulate
-    row, pixels = film.row, dict(SamplesPerPixel=1, PixelRepresentation=0, Rows=image.height,
-                                 Columns=image.width, PixelSpacing=["0.168", "0.168"])
-    if film.raw:
-        stored = (255 - np.asarray(image, np.uint16)) * 8 + 19
-        pixels |= dict(PhotometricInterpretation="MONOCHROME1", BitsAllocated=16, BitsStored=12,
-                       HighBit=11, RescaleSlope="2", RescaleIntercept="-100", WindowCenter="1979",
-                       WindowWidth="4080", PixelData=stored.astype("<u2").tobytes())
-    else:
-        jpeg = io.BytesIO()
-        image.save(jpeg, "JPEG", quality=90)
-        pixels |= dict(PhotometricInterpretation="MONOCHROME2", BitsAllocated=8, BitsStored=8,
-                       HighBit=7, LossyImageCompression="01",
-                       LossyImageCompressionMethod="ISO_10918_1",
-                       PixelData=encapsulate([jpeg.getvalue()]))
     tags = dict(
         SpecificCharacterSet="ISO_IR 100", SOPClassUID=uid.SecondaryCaptureImageStorage,
         StudyInstanceUID=film.uids[0], SeriesInstanceUID=film.uids[1], SOPInstanceUID=film.uids[2],
         StudyDate="19010101", StudyTime="000000.00", AccessionNumber="", ReferringPhysicianName="",
         PatientBirthDate="", StudyID="", PatientOrientation="", Modality="CR", ConversionType="WSD",
-        SeriesDescription=f"view: {row.view}", ViewPosition=row.view, BodyPartExamined="CHEST",
-        PatientName=film.person, PatientID=film.person, PatientSex=row.sex,
-        PatientAge=str(row.age), SeriesNumber="1", InstanceNumber="1")
+        SeriesDescription=f"view: {film.view}", ViewPosition=film.view, BodyPartExamined="CHEST",
+        PatientName=film.person, PatientID=film.person, PatientSex=film.sex,
+        PatientAge=str(film.age), SeriesNumber="1", InstanceNumber="1", SamplesPerPixel=1,
+        PixelRepresentation=0, Rows=image.height, Columns=image.width,
+        PixelSpacing=["0.168", "0.168"])
+    if film.raw:
+        stored = (255 - np.asarray(image, np.uint16)) * 8 + 19
+        tags |= dict(PhotometricInterpretation="MONOCHROME1", BitsAllocated=16, BitsStored=12,
+                     HighBit=11, RescaleSlope="2", RescaleIntercept="-100", WindowCenter="1979",
+                     WindowWidth="4080", PixelData=stored.astype("<u2").tobytes())
+    else:
+        jpeg = io.BytesIO()
+        image.save(jpeg, "JPEG", quality=90)
+        tags |= dict(PhotometricInterpretation="MONOCHROME2", BitsAllocated=8, BitsStored=8,
+                     HighBit=7, LossyImageCompression="01",
+                     LossyImageCompressionMethod="ISO_10918_1",
+                     PixelData=encapsulate([jpeg.getvalue()]))
     file = pydicom.Dataset()
     file.file_meta = pydicom.dataset.FileMetaDataset()
-    file.file_meta.TransferSyntaxUID = \
-        uid.ExplicitVRLittleEndian if film.raw else uid.JPEGBaseline8Bit
+    file.file_meta.TransferSyntaxUID = (
+        uid.ExplicitVRLittleEndian if film.raw else uid.JPEGBaseline8Bit)
     with pydicom.config.disable_value_validation():   # an age must have a unit; theirs have none
-        for name, value in (tags | pixels).items():
+        for name, value in tags.items():
             setattr(file, name, value)
         file["PixelData"].VR = "OW" if film.raw else "OB"
         file.save_as(film.image, enforce_file_format=True)
@@ -712,13 +720,19 @@ def run_all(films, workers):
     if workers <= 1 or len(films) < 32:
         return bar(map(make, films))
     with multiprocessing.Pool(workers) as pool:
-        return bar(pool.imap(make, films, chunksize=max(1, min(32, len(films) // workers))))
+        return bar(pool.imap(make, films, chunksize=min(32, max(1, len(films) // workers))))
+
+
+def with_folder(path):
+    """`path`, whose folder exists from now on."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    return path
 
 
 def write_text(path, text):
     """gzipped if the name ends so, without a time stamp: same text, same bytes."""
     data = text.encode()
-    with open(path, "wb") as file:
+    with open(with_folder(path), "wb") as file:
         file.write(gzip.compress(data, mtime=0) if path.endswith(".gz") else data)
 
 
@@ -730,10 +744,10 @@ def write_csv(path, header, rows):
 
 
 # ------------------------------------------------------------------------------------------------
-# The publishers' folders. A writer takes (root, rows, film, run, variant): film(row, **what) plans
-# a film of a row, run(films) draws them.
+# The publishers' folders. A writer takes (root, films, run, variant): it names each film's files,
+# run(films) draws them, and it writes the label files.
 
-CHEXPERT = {  # label: the LOOKS that count for it, in MIMIC-CXR-JPG's order
+CHEXPERT = {  # label: the pathologies that count for it, in MIMIC-CXR-JPG's order
     "Atelectasis": {"atelectasis"}, "Cardiomegaly": {"cardiomegaly"},
     "Consolidation": {"consolidation"}, "Edema": {"edema"}, "Enlarged Cardiomediastinum": set(),
     "Fracture": {"fracture"}, "Lung Lesion": {"nodule", "mass"},
@@ -755,27 +769,20 @@ def chexpert_values(mentions):
     return values
 
 
-def file_names(film):
-    """The random generator of a film's file names, apart from the one that draws it."""
-    return np.random.default_rng([film.seed, 2, film.row.index])
-
-
-def write_mimic(root, rows, film, run, variant):
+def write_mimic(root, films, run, variant):
     """MIMIC-CXR-JPG with the reports beside the study folders, plus boxes.csv and masks/."""
     def number(first, index):                         # in no visible order, and no two alike
         return first + (index * 7_654_321 + 32) % 9_999_991
-    films = [film(row) for row in rows]
     for f in films:
-        rng = file_names(f)
+        rng = np.random.default_rng([f.seed, 2, f.index])
         f.id = "-".join(rng.bytes(4).hex() for _ in range(5))
-        f.subject, f.study = number(10_000_000, f.row.patient), number(50_000_000, f.row.index)
+        f.subject, f.study = number(10_000_000, f.patient), number(50_000_000, f.index)
         f.date = f"21{rng.integers(10, 60)}{rng.integers(1, 13):02d}{rng.integers(1, 29):02d}"
         f.time = f"{rng.integers(24)}{rng.integers(60):02d}{rng.integers(60):02d}".lstrip("0")
         f.time += f".{rng.integers(1000):03d}"        # 80556.875 is 08:05:56
         folder = f"{root}/files/p{f.subject // 1_000_000}/p{f.subject}/s{f.study}"
         f.image, f.report = f"{folder}/{f.id}.jpg", f"{folder}.txt"
         f.bits = f"{root}/masks/{f.id}.png"
-    os.makedirs(f"{root}/masks", exist_ok=True)
     films = run(films)
     write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height",
               [(f.id, k, *cell, *(round(v, 2) for v in box)) for f in films
@@ -783,17 +790,17 @@ def write_mimic(root, rows, film, run, variant):
     write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz",
               "subject_id,study_id," + ",".join(CHEXPERT),
               [(f.subject, f.study, *chexpert_values(f.mentions).values()) for f in films])
-    exam = {"PA": "CHEST (PA AND LAT)", "AP": "CHEST (PORTABLE AP)"}
-    way = {"PA": "postero-anterior", "AP": "antero-posterior"}
+    exams = {"PA": ("CHEST (PA AND LAT)", "postero-anterior"),
+             "AP": ("CHEST (PORTABLE AP)", "antero-posterior")}
     write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz",
               "dicom_id,subject_id,study_id,PerformedProcedureStepDescription,ViewPosition,Rows,"
               "Columns,StudyDate,StudyTime,ProcedureCodeSequence_CodeMeaning,"
               "ViewCodeSequence_CodeMeaning,PatientOrientationCodeSequence_CodeMeaning",
-              [(f.id, f.subject, f.study, exam[f.row.view], f.row.view, f.size, f.size, f.date,
-                f.time, exam[f.row.view], way[f.row.view], "Erect") for f in films])
+              [(f.id, f.subject, f.study, exams[f.view][0], f.view, f.size, f.size, f.date, f.time,
+                *exams[f.view], "Erect") for f in films])
     # the split file comes last: a folder without it was not finished
     write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split",
-              [(f.id, f.study, f.subject, f.row.split) for f in films])
+              [(f.id, f.study, f.subject, f.split) for f in films])
 
 
 NIH = {"atelectasis": "Atelectasis", "cardiomegaly": "Cardiomegaly", "effusion": "Effusion",
@@ -802,54 +809,50 @@ NIH = {"atelectasis": "Atelectasis", "cardiomegaly": "Cardiomegaly", "effusion":
        "consolidation": "Consolidation", "edema": "Edema"}
 
 
-def write_nih(root, rows, film, run, variant):
+def write_nih(root, films, run, variant):
     """flat: NIH's tarballs in one place, 2020 entry file. folders: Kaggle's twelve, 2017 file."""
-    films = [film(row, name=f"{row.patient + 1:08d}_{row.visit:03d}.png",
-                  mode="RGBA" if row.index % 40 == 7 else "L") for row in rows]
+    kaggle = variant == "folders"
     for f in films:
-        folder = f"images_{1 + 12 * f.row.index // len(rows):03d}/" if variant == "folders" else ""
-        f.image = f"{root}/{folder}images/{f.name}"
-    films = run(films)
-    entries = []
+        f.name = f"{f.patient + 1:08d}_{f.visit:03d}.png"
+        folder = f"images_{1 + 12 * f.index // len(films):03d}/" if kaggle else ""
+        f.image, f.mode = f"{root}/{folder}images/{f.name}", "RGBA" if f.index % 40 == 7 else "L"
+    films, entries = run(films), []
     for f in films:
         labels = dict.fromkeys(NIH[p] for p, _ in f.cells if p in NIH)
-        entries.append((f.name, "|".join(labels) or "No Finding", f.row.visit, f.row.patient + 1,
-                        f.row.age, f.row.sex, f.row.view, 2500, 2048, 0.168, 0.168))
-    entry, sex = (("Data_Entry_2017.csv", "Gender") if variant == "folders"
-                  else ("Data_Entry_2017_v2020.csv", "Sex"))
-    write_csv(f"{root}/{entry}",                      # the header has brackets and a field too many
+        entries.append((f.name, "|".join(labels) or "No Finding", f.visit, f.patient + 1, f.age,
+                        f.sex, f.view, 2500, 2048, 0.168, 0.168))
+    name, sex = ("", "Gender") if kaggle else ("_v2020", "Sex")
+    write_csv(f"{root}/Data_Entry_2017{name}.csv",    # the header has brackets and a field too many
               f"Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {sex},"
               "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],", entries)
     write_csv(f"{root}/BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,",
               [(f.name, NIH[p].replace("Infiltration", "Infiltrate"),
                 *(v * 1024 / f.size for v in box))
-               for f in films if f.row.split == "test" for (p, _), box in zip(f.cells, f.boxes)
+               for f in films if f.split == "test" for (p, _), box in zip(f.cells, f.boxes)
                if p in list(NIH)[:8]])
     for name, tests in (("train_val_list.txt", False), ("test_list.txt", True)):
         write_text(f"{root}/{name}", "".join(
-            f"{f.name}\n" for f in films if (f.row.split == "test") == tests))
+            f"{f.name}\n" for f in films if (f.split == "test") == tests))
 
 
 def name_dicoms(films):
     """Study, series and image UIDs in the manner of RSNA and SIIM; persons are UUIDs."""
     for f in films:
-        k = f.row.index
-        f.person = str(uuid.UUID(bytes=file_names(f).bytes(16), version=4))
-        f.uids = [f"1.2.276.0.7230010.3.1.{level}.8323329.{k + 301}.15178752{k % 90 + 10}."
-                  f"{850000 + k}" for level in (2, 3, 4)]
-    return films
+        rng = np.random.default_rng([f.seed, 2, f.index])
+        f.person = str(uuid.UUID(bytes=rng.bytes(16), version=4))
+        f.uids = [f"1.2.276.0.7230010.3.1.{level}.8323329.{f.index + 301}."
+                  f"15178752{f.index % 90 + 10}.{850000 + f.index}" for level in (2, 3, 4)]
 
 
-def write_rsna(root, rows, film, run, variant):
+def write_rsna(root, films, run, variant):
     """kaggle: stage 2 folders. site: the RSNA site's tree, with the mapping to NIH's patients and
     MedKLIP's test csv. monochrome1: kaggle's tree with uncompressed 12-bit inverted films."""
-    films = name_dicoms([film(row, sure=("pneumonia", 0.15), raw=variant == "monochrome1")
-                         for row in rows])
+    name_dicoms(films)
     for f in films:
+        f.sure, f.raw = ("pneumonia", 0.15), variant == "monochrome1"
         f.path = f"stage_2_train_images/{f.person}.dcm"
         if variant == "site":
-            f.path = ("mdai_rsna_project_x9N20BZa_images_2018-07-20-153330/"
-                      + "/".join(f.uids) + ".dcm")
+            f.path = f"mdai_rsna_project_x9N20BZa_images_2018-07-20-153330/{'/'.join(f.uids)}.dcm"
         f.image = f"{root}/{f.path}"
     films = run(films)
     for f in films:
@@ -866,28 +869,27 @@ def write_rsna(root, rows, film, run, variant):
     if variant == "site":
         write_csv(f"{root}/rsna_test.csv", "ID,img_path,boxes,classes",
                   [(f.person, f.path, "|".join(";".join(map(str, box)) for box in f.boxes) or "nan",
-                    int(bool(f.boxes))) for f in films if f.row.split == "test"])
+                    int(bool(f.boxes))) for f in films if f.split == "test"])
         write_text(f"{root}/pneumonia-challenge-dataset-mappings_2018.json", json.dumps([
-            dict(img_id=f"{f.row.patient + 1:08d}_{f.row.visit:03d}.png", subset_img_id=f.person,
+            dict(img_id=f"{f.patient + 1:08d}_{f.visit:03d}.png", subset_img_id=f.person,
                  StudyInstanceUID=f.uids[0], SeriesInstanceUID=f.uids[1], SOPInstanceUID=f.uids[2])
             for f in films]))
 
 
-def write_siim(root, rows, film, run, variant):
+def write_siim(root, films, run, variant):
     """stage1: train-rle.csv with its spaces. stage2: stage_2_train.csv without. png: re-pack."""
-    films = name_dicoms([film(row, of="pneumothorax", sure=("pneumothorax", 0.2), raw=False)
-                         for row in rows])
+    name_dicoms(films)
     for f in films:
+        f.of, f.sure = "pneumothorax", ("pneumothorax", 0.2)
         f.image = {"stage1": f"{root}/dicom-images-train/{'/'.join(f.uids)}.dcm",
                    "stage2": f"{root}/stage_2_images/{f.uids[2]}.dcm",
-                   "png": f"{root}/png_images/{f.row.index}.png"}[variant]
+                   "png": f"{root}/png_images/{f.index}.png"}[variant]
         if variant == "png":
-            f.mask = f"{root}/png_masks/{f.row.index}.png"
-            os.makedirs(f"{root}/png_masks", exist_ok=True)
+            f.mask = f"{root}/png_masks/{f.index}.png"
     films = run(films)
     if variant == "png":
         for part in ("train", "test"):
-            chosen = [f for f in films if (f.row.split == "test") == (part == "test")]
+            chosen = [f for f in films if (f.split == "test") == (part == "test")]
             for k, f in enumerate(chosen):            # the label is part of the file name
                 f.name = f"{k}_{part}_{int(bool(f.rle))}_.png"
                 os.rename(f.image, f"{root}/png_images/{f.name}")
@@ -901,50 +903,43 @@ def write_siim(root, rows, film, run, variant):
     write_csv(f"{root}/{name}", f"ImageId,{space}EncodedPixels", [lines[k] for k in order])
 
 
-def write_covidx(root, rows, film, run, variant):
+def write_covidx(root, films, run, variant):
     """cxr4: train, val and test. v8: no val, other list names, patient ids with spaces.
 
     Every source has both classes here; in the real lists source and class go together.
     """
-    cxr4, films = variant == "cxr4", []
-    for row in rows:
-        ending, mode = pick_cyclic(row.index, ("png", "L"), ("jpg", "RGB"), ("jpeg", "L"),
-                                   ("png", "RGBA"), ("JPG", "L"))
-        source = pick_cyclic(row.patient, "ricord", "rsna", "stonybrook", "sirm", "cohen")
-        person, name = f"{419639 + row.patient}-{row.patient:06d}", f"{source}-{row.patient}"
-        if source == "sirm" and not cxr4:
-            person, name = f"COVID {row.patient}", f"COVID({row.patient})"
-        folder = {"test": "test", "validate": "val" if cxr4 else "train"}.get(row.split, "train")
-        name = f"{name}-{row.visit}.{ending}"
-        films.append(film(row, image=f"{root}/{folder}/{name}", mode=mode, source=source,
-                          person=person, name=name, folder=folder, sure=("covid-19", 0.5)))
+    cxr4 = variant == "cxr4"
+    for f in films:
+        f.sure = ("covid-19", 0.5)
+        f.source = ["ricord", "rsna", "stonybrook", "sirm", "cohen"][f.patient % 5]
+        f.person, name = f"{419639 + f.patient}-{f.patient:06d}", f"{f.source}-{f.patient}"
+        if f.source == "sirm" and not cxr4:
+            f.person, name = f"COVID {f.patient}", f"COVID({f.patient})"
+        ending, f.mode = [("png", "L"), ("jpg", "RGB"), ("jpeg", "L"), ("png", "RGBA"),
+                          ("JPG", "L")][f.index % 5]
+        f.name = f"{name}-{f.visit}.{ending}"
+        f.folder = {"test": "test", "validate": "val" if cxr4 else "train"}.get(f.split, "train")
+        f.image = f"{root}/{f.folder}/{f.name}"
     films = run(films)
+    for f in films:
+        f.said = "positive" if "covid-19" in dict(f.cells) else "negative"
     for folder in ("train", "val", "test") if cxr4 else ("train", "test"):
-        os.makedirs(f"{root}/{folder}", exist_ok=True)
-        lines = ""
-        for f in films:
-            said = "positive" if "covid-19" in dict(f.cells) else "negative"
-            lines += f"{f.person} {f.name} {said} {f.source}\n" * (f.folder == folder)
-        write_text(f"{root}/{folder}{'' if cxr4 else '_COVIDx8B'}.txt", lines)
+        write_text(f"{root}/{folder}{'' if cxr4 else '_COVIDx8B'}.txt", "".join(
+            f"{f.person} {f.name} {f.said} {f.source}\n" for f in films if f.folder == folder))
 
 
-def pick_cyclic(index, *things):
-    return things[index % len(things)]
-
-
-def write_chexpert(root, rows, film, run, variant):
+def write_chexpert(root, films, run, variant):
     """small or full: the same csv, another release folder. valid has no blanks; no test release."""
     header = ("Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,"
               "Cardiomegaly,Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,"
               "Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices")
     release = "CheXpert-v1.0-small" if variant == "small" else "CheXpert-v1.0"
-    films = [film(row) for row in rows]
     for f in films:
-        f.part, first = ("train", 1) if f.row.split == "train" else ("valid", 64541)
-        f.path = (f"{release}/{f.part}/patient{f.row.patient + first:05d}/study{f.row.visit + 1}/"
+        f.part, first = ("train", 1) if f.split == "train" else ("valid", 64541)
+        f.path = (f"{release}/{f.part}/patient{f.patient + first:05d}/study{f.visit + 1}/"
                   "view1_frontal.jpg")
         f.image, short = f"{root}/{f.path}", round(0.82 * f.size)
-        f.shape = (f.size, short) if f.row.index % 3 == 0 else (short, f.size)
+        f.shape = (f.size, short) if f.index % 3 == 0 else (short, f.size)
     films = run(films)
     for part in ("train", "valid"):
         lines = []
@@ -954,9 +949,8 @@ def write_chexpert(root, rows, film, run, variant):
                 drawn = {p for p, _ in f.cells}
                 values = {k: f"{int(bool(drawn & looks))}.0" for k, looks in CHEXPERT.items()}
                 values["No Finding"] = f"{int(not drawn - {'tube'})}.0"
-            lines.append([f.path, {"M": "Male", "F": "Female"}[f.row.sex], f.row.age, "Frontal",
-                          f.row.view, *(values[label] for label in header.split(",")[5:])])
-        os.makedirs(f"{root}/{release}", exist_ok=True)
+            lines.append([f.path, {"M": "Male", "F": "Female"}[f.sex], f.age, "Frontal", f.view,
+                          *(values[label] for label in header.split(",")[5:])])
         write_csv(f"{root}/{release}/{part}.csv", header, lines)
 
 
@@ -976,20 +970,21 @@ def mesh_term(pathology, anatomy):
                      *(word for word in words if word in ("left", "right", "trachea"))])
 
 
-def write_openi(root, rows, film, run, variant):
+def write_openi(root, films, run, variant):
     """xml: ecgen-radiology/ and PNGs as from the NLM. kaggle: two csv files, other file names."""
-    films = [film(row, uid=row.index + 1, shape=(0, 0)) for row in rows]
+    kaggle = variant == "kaggle"
     for f in films:
+        f.uid = f.index + 1
         f.stem = f"{f.uid}_IM-{f.uid:04d}-1001"
-        f.stem = f"{f.stem}.dcm" if variant == "kaggle" else f"CXR{f.stem}"
-        folder = "images/images_normalized" if variant == "kaggle" else "NLMCXR_png"
-        f.image, f.shape = f"{root}/{folder}/{f.stem}.png", (round(f.size * 1.2), f.size)
+        f.stem = f"{f.stem}.dcm" if kaggle else f"CXR{f.stem}"
+        f.image = f"{root}/{'images/images_normalized' if kaggle else 'NLMCXR_png'}/{f.stem}.png"
+        f.shape = (round(f.size * 1.2), f.size)
     films, parts = run(films), ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION")
     for f in films:
         f.said = [f.sections.get(part, "").replace("___", "XXXX") for part in parts]
         f.terms = [mesh_term(*cell) for cell in dict.fromkeys(f.cells)
                    if f.mentions.get(cell[0]) == 1] or ["normal"]
-    if variant == "kaggle":
+    if kaggle:
         write_csv(f"{root}/indiana_reports.csv",
                   "uid,MeSH,Problems,image,indication,comparison,findings,impression",
                   [(f.uid, ";".join(f.terms), ";".join(term.split("/")[0] for term in f.terms),
@@ -997,7 +992,6 @@ def write_openi(root, rows, film, run, variant):
         write_csv(f"{root}/indiana_projections.csv", "uid,filename,projection",
                   [(f.uid, f.stem + ".png", "Frontal") for f in films])
         return
-    os.makedirs(f"{root}/ecgen-radiology", exist_ok=True)
     for f in films:
         texts = "\n".join(f'            <AbstractText Label="{part}">{escape(said)}</AbstractText>'
                           for part, said in zip(parts, f.said))
@@ -1024,32 +1018,30 @@ def write_openi(root, rows, film, run, variant):
 """)
 
 
-def write_covid_chestxray(root, rows, film, run, variant):
+def write_covid_chestxray(root, films, run, variant):
     """ieee8023's metadata.csv of 2020-06, images/, and lung masks of every other image."""
-    films = []
-    for row in rows:
-        stem = f"phantom-{row.patient}-{row.visit}"
-        name = f"{stem}.{pick_cyclic(row.index, 'jpeg', 'png', 'jpg')}"
-        films.append(film(row, name=name, image=f"{root}/images/{name}", among=["pneumonia"],
-                          sure=("covid-19", 0.6)))
-        if row.index % 2 == 0:
-            films[-1].lungs = f"{root}/annotations/lungVAE-masks/{stem}_mask.png"
-    os.makedirs(f"{root}/annotations/lungVAE-masks")
+    for f in films:
+        f.among, f.sure = ["pneumonia"], ("covid-19", 0.6)
+        stem = f"phantom-{f.patient}-{f.visit}"
+        f.name = f"{stem}.{['jpeg', 'png', 'jpg'][f.index % 3]}"
+        f.image = f"{root}/images/{f.name}"
+        if f.index % 2 == 0:
+            f.lungs = f"{root}/annotations/lungVAE-masks/{stem}_mask.png"
     header = ("patientid,offset,sex,age,finding,survival,intubated,intubation_present,went_icu,"
               "in_icu,needed_supplemental_O2,extubated,temperature,pO2_saturation,leukocyte_count,"
               "neutrophil_count,lymphocyte_count,view,modality,date,location,folder,filename,doi,"
               "url,license,clinical_notes,other_notes,")
     lines = []
     for f in run(films):
-        row, drawn = f.row, dict(f.cells)
+        drawn = dict(f.cells)
         known = dict(
-            patientid=row.patient + 1, offset=3 * row.visit, sex=row.sex, age=row.age, date="2020",
+            patientid=f.patient + 1, offset=3 * f.visit, sex=f.sex, age=f.age, date="2020",
             finding="Pneumonia" if drawn else "No Finding", modality="X-ray", folder="images",
-            view="AP Supine" if row.index % 7 == 3 else row.view, location="Phantom",
+            view="AP Supine" if f.index % 7 == 3 else f.view, location="Phantom",
             filename=f.name, license="MIT", clinical_notes=" ".join(
                 f.sections[part] for part in ("FINDINGS", "IMPRESSION") if part in f.sections))
         if "covid-19" in drawn:
-            known["finding"] = "COVID-19, ARDS" if row.patient % 9 == 0 else "COVID-19"
+            known["finding"] = "COVID-19, ARDS" if f.patient % 9 == 0 else "COVID-19"
         lines.append([known.get(column, "") for column in header.split(",")])
     write_csv(f"{root}/metadata.csv", header, lines)
 
@@ -1074,7 +1066,8 @@ def write(layout, root, count, seed=0, size=None, workers=None, variant=None):
     if layout not in LAYOUTS:
         raise InputError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
     writer, default_size, variants = LAYOUTS[layout]
-    size, variant, workers = size or default_size, variant or variants[0], workers or os.cpu_count()
+    size = default_size if size is None else size
+    variant, workers = variant or variants[0], workers or os.cpu_count()
     if variant not in variants:
         raise InputError(f"{layout} has no variant {variant!r}; it has: {', '.join(variants)}")
     if count < 1 or size < 32 or seed < 0:
@@ -1085,14 +1078,10 @@ def write(layout, root, count, seed=0, size=None, workers=None, variant=None):
             import pydicom  # noqa: F401
         except ImportError:
             raise InputError(f"the {layout} layout writes DICOM files: pip install pydicom")
-
-    def film(row, **what):
-        return types.SimpleNamespace(row=row, seed=seed, size=size, **what)
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        os.makedirs(root, exist_ok=True)
-        writer(root, plan(count, seed), film, lambda films: run_all(films, workers), variant)
+        writer(root, plan(count, seed, size), lambda films: run_all(films, workers), variant)
     except OSError as error:
         raise InputError(f"cannot write to {root}: {error.strerror or error}")
 
@@ -1106,7 +1095,7 @@ def parse_args(argv=None):
     p.add_argument("--seed", type=int, default=0, metavar="N")
     p.add_argument("--size", type=int, metavar="PIXELS",
                    help=f"a side; above {DETAIL} films are drawn at {DETAIL} and enlarged "
-                        + str({name: size for name, (_, size, _) in LAYOUTS.items()}))
+                        f"({', '.join(f'{k} {size}' for k, (_, size, _) in LAYOUTS.items())})")
     p.add_argument("--variant", metavar="NAME", help="another tree of the same data set: "
                    + "; ".join(f"{k} {' '.join(v)}" for k, (_, _, v) in LAYOUTS.items() if v[1:]))
     p.add_argument("--workers", type=int, metavar="N", help="processes (one a core)")
