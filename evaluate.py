@@ -5,7 +5,9 @@
     python evaluate.py --task grounding --dataset synthetic     # after `python train.py`
 
 Tasks: classification, grounding, relation, anatomy, embedding, predict. Each prints a table and
-writes <out-dir>/eval/<dataset>_<task>.json, .npz (results an image) and .png.
+writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and labels of each image) and
+.png; predict writes predict.png, or of a folder predict.csv. B images, n anatomies, m pathologies,
+N images of a split, L labels, K thresholds.
 
 Differs from the released code in:
 - Thresholds come from the validation split ("honest"); the best ones on the test set, which this
@@ -32,7 +34,7 @@ import text
 from model import CheckpointError, MeDSLIP
 from text import InputError
 
-# labels without a name in the vocabulary, in our words
+# for labels that the vocabulary lacks, or has only in a bucket of rare findings
 PROMPTS = {
     "COVID-19": "Pneumonia caused by the coronavirus SARS-CoV-2. Hazy ground-glass patches in both "
                 "lungs, mostly at the outer edges and in the lower zones, that may merge into "
@@ -122,11 +124,10 @@ def bootstrap_auroc(labels, scores, n=1000, seed=0, groups=None):
 
 
 def central(values):
-    """(low, high) of the central 95 % of [n], or of the row means of [n,L]; nan left out, and
-    (None, None) of nothing."""
-    values = np.asarray(values, float).reshape(len(values), -1)
-    known = ~np.isnan(values)
-    values = np.where(known, values, 0).sum(1)[known.any(1)] / known.sum(1)[known.any(1)]
+    """(low, high): the central 95 % of values [n], or of the row means of [n,L]; nan is left out,
+    and of nothing it is (None, None)."""
+    values = np.ma.masked_invalid(values)
+    values = (values.mean(1) if values.ndim == 2 else values).compressed()
     return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
 
 
@@ -138,9 +139,8 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     if metric == "auroc":
-        values = bootstrap_auroc(labels.reshape(len(labels), -1), scores.reshape(len(labels), -1),
-                                 n, seed, groups)
-        return central(values)
+        return central(bootstrap_auroc(labels.reshape(len(labels), -1),
+                                       scores.reshape(len(labels), -1), n, seed, groups))
     groups, kinds, values = np.arange(len(labels)) if groups is None else groups, {*labels.flat}, []
     for counts in resample_counts(groups, n, seed, 1):
         rows = np.repeat(np.arange(len(labels)), counts[0])
@@ -189,7 +189,7 @@ def points_at(heat, mask):
 
 
 def grounding_scores(attention, masks, threshold):
-    """Pointing game, IoU and Dice: means over K maps [h,w] and their masks [H,W].
+    """Pointing game, IoU and Dice: means over maps [h,w] and their masks [H,W].
 
     A map of another size is up-sampled to its mask; each is divided by its own maximum, and what
     exceeds the threshold is the predicted region. Empty masks are left out: nothing to find.
@@ -209,27 +209,30 @@ def relation_scores(truth, scores, anatomies):
     """How scores [N,n,m] find the pairs in truth [N,n,m] (1, 0, -1 = unknown and left out).
 
     auroc, ap: all cells pooled. cell_auroc: mean over the cells that are both present and absent.
-    side: of the present findings whose mirror image is not, how many score above it. top1: of all
-    present findings, how many have a true anatomy as their best. None where nothing counts.
+    side: of the present pairs whose mirror image is not, how many score above it. top1: of the
+    findings (a pathology present in an image), how many have a true anatomy as their best. None
+    where nothing counts.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score
-    known, present = truth >= 0, truth == 1
+    known, present, absent = truth >= 0, truth == 1, truth == 0
     flat = truth[known], scores[known]
-    mixed = present.any() and (truth == 0).any()
+    mixed = present.any() and absent.any()
     cells = [roc_auc_score(truth[known[:, i, j], i, j], scores[known[:, i, j], i, j])
-             for i, j in np.argwhere(present.any(0) & (truth == 0).any(0))]
+             for i, j in np.argwhere(present.any(0) & absent.any(0))]
     index = {name: i for i, name in enumerate(anatomies)}
     mirror = np.array([index.get(text.swap_sides(name), i) for i, name in enumerate(anatomies)])
     sided = present & ~present[:, mirror] & (mirror != np.arange(len(mirror)))[:, None]
     side = (scores > scores[:, mirror])[sided]
     best = np.take_along_axis(present, scores.argmax(1)[:, None], axis=1)[:, 0]          # [N,m]
     top1 = best[present.any(1)]
+
+    def mean(values):
+        return float(np.mean(values)) if len(values) else None
+
     return {"auroc": float(roc_auc_score(*flat)) if mixed else None,
             "ap": float(average_precision_score(*flat)) if mixed else None,
-            "cell_auroc": float(np.mean(cells)) if cells else None,
-            "side": float(side.mean()) if len(side) else None,
-            "top1": float(top1.mean()) if len(top1) else None,
-            "n": len(truth), "n_cells": len(cells), "n_sided": len(side), "n_findings": len(top1)}
+            "cell_auroc": mean(cells), "side": mean(side), "top1": mean(top1), "n": len(truth),
+            "n_cells": len(cells), "n_sided": len(side), "n_findings": len(top1)}
 
 
 # ----------------------------------------------------------------------------- asking the model
@@ -257,15 +260,18 @@ def query_names(model):
 def queries_for(model, labels, args):
     """How to ask for labels {label: vocabulary name or None}.
 
-    Returns ((pathology_text [m+k,T], anatomy_text [n,T]), {label: its column}, [labels that were
-    never trained]). Those k are encoded from --prompt or their definition and asked last.
+    Returns ((pathology_text [m+k,T], anatomy_text [n,T]), {label: its column}, [the k labels that
+    have no stored query]). Those are encoded from --prompt or their definition and asked last.
     """
     stored, anatomy_text = model.queries["pathology"], model.queries["anatomy"]["text"]
     place = {name: k for k, name in enumerate(stored["names"])}
     columns = {label: place[name] for label, name in labels.items() if name in place}
     unseen = [label for label in labels if label not in columns]
-    if args.prompt and len(labels) == 1:
-        unseen = list(labels)
+    if args.prompt:
+        unseen = list(labels) if len(labels) == 1 else unseen
+        if len(unseen) != 1:
+            raise InputError(f"--prompt asks for one label, and {len(unseen)} have no stored query "
+                             f"({', '.join(unseen) or 'none'}); leave it out")
     if not unseen:
         return (stored["text"], anatomy_text), columns, unseen
     prompts = [args.prompt or PROMPTS.get(label)
@@ -278,21 +284,19 @@ def queries_for(model, labels, args):
     return (torch.cat([stored["text"].cpu(), extra]), anatomy_text), columns, unseen
 
 
-def predict(model, table, rows, texts=None, *, device="cpu", image_size=None, batch_size=64,
-            attention=None):
+def predict(args, model, table, rows, texts=None, attention=None):
     """Yields (rows [B], output, maps [B,m,h,w] or None) batch by batch, on the CPU, nothing kept.
 
     texts (pathology_text [m,T], anatomy_text [n,T]) default to the stored queries; attention is a
     kind of `attention_maps`. In float32: under bf16 the numbers would depend on the batch size.
     """
     texts = texts or [model.queries[kind]["text"] for kind in ("pathology", "anatomy")]
-    texts = [t.to(device) for t in texts]
-    for start in range(0, len(rows), batch_size):
-        chunk = np.asarray(rows[start:start + batch_size])
-        images = torch.from_numpy(np.ascontiguousarray(table.images[chunk])).to(device)  # [B,S,S]
+    texts, size = [t.to(args.device) for t in texts], args.image_size or model.config.image_size
+    for start in range(0, len(rows), args.batch_size):
+        chunk = np.asarray(rows[start:start + args.batch_size])
+        images = torch.from_numpy(np.ascontiguousarray(table.images[chunk])).to(args.device)
         with torch.no_grad():
-            out, maps = attention_maps(model, data.to_input(
-                images, image_size or model.config.image_size), texts, attention)
+            out, maps = attention_maps(model, data.to_input(images, size), texts, attention)
         out = type(out)(**{k: None if v is None else v.cpu() for k, v in vars(out).items()})
         yield chunk, out, None if maps is None else maps.cpu().numpy()
 
@@ -304,11 +308,10 @@ def attention_maps(model, images, texts, kind):
     pathology  cross-attention of the pathology query, mean over layers and heads (the paper's)
     joint      the same, times the anatomy maps weighted by where the pathology is thought to be,
                smoothed, since a cell sees its neighbours' pixels too (one stream: only smoothed)
-    mirror     joint, of the image and of its mirror image together
+    mirror     joint, of the image and of its mirror image together: twice the cost
 
-    Phantoms, default recipe, pointing and Dice: pathology .50 .36 (seed 0), joint .74 .50 and
-    mirror .76 .52 (means of three seeds). Attention times the gradient of the existence logit
-    (Chefer et al. 2021) did no better than the first, and so is not here.
+    Attention times the gradient of the existence logit (Chefer et al. 2021) pointed no better than
+    `pathology` on phantoms, and so is not here.
     """
     if kind == "mirror":
         out, maps = attention_maps(model, images, texts, "joint")
@@ -368,15 +371,26 @@ def print_table(header, rows):
         print(first.ljust(widths[0]), *(v.rjust(w) for v, w in zip(others, widths[1:])), sep="  ")
 
 
-def in_chunks(function, rows):
-    """function(rows) a thousand rows at a time, so that dense matrices stay small."""
-    return np.concatenate([function(rows[i:i + 1000]) for i in range(0, len(rows), 1000)])
+def label_names(table, rows):
+    """{label: its name in the vocabulary or None}; of phantoms, the pathologies that were drawn."""
+    if table.dataset != "synthetic":
+        return dict(zip(table.label_names, table.label_pathologies))
+    drawn = label_values(table, rows, text.PATHOLOGIES).any(0)
+    return {name: name for name, there in zip(text.PATHOLOGIES, drawn) if there}
+
+
+def label_values(table, rows, labels):
+    """int8 [N,L] in {1,0,-1} of a data set's own labels, or of any pathologies of phantoms."""
+    if table.dataset != "synthetic":
+        return np.asarray(table.labels[rows])
+    return table.truth(rows, list(labels), text.ANATOMIES).any(1).astype(np.int8)
 
 
 def pair_labels(table, rows, names, cells="all"):
     """int8 [N,n,m] and what it is: pairs as drawn, or as the reports have them (-1 = not said)."""
-    if table.truth(rows[:1], *names) is not None:
-        return table.truth(rows, *names), "what was drawn"
+    truth = table.truth(rows, *names)
+    if truth is not None:
+        return truth, "what was drawn"
     if not table.has_reports:
         raise InputError(f"{table.dataset} has no reports and so no matrix of pairs; this task "
                          "takes synthetic, mimic, openi or covid-chestxray")
@@ -386,24 +400,9 @@ def pair_labels(table, rows, names, cells="all"):
     return np.maximum(matrix, 0), "the reports, not mentioned = absent"
 
 
-def label_names(table, rows):
-    """{label: its name in the vocabulary or None}; of phantoms, the pathologies that were drawn."""
-    if table.truth(rows[:1], (), ()) is None:
-        return dict(zip(table.label_names, table.label_pathologies))
-    drawn = label_values(table, rows, text.PATHOLOGIES).any(0)
-    return {name: name for name, there in zip(text.PATHOLOGIES, drawn) if there}
-
-
-def label_values(table, rows, labels):
-    """int8 [N,L] in {1,0,-1}."""
-    if table.truth(rows[:1], (), ()) is None:
-        return np.asarray(table.labels[rows])
-    drawn = in_chunks(lambda r: table.truth(r, list(labels), text.ANATOMIES).any(1), rows)
-    return drawn.astype(np.int8)
-
-
-def options(args):
-    return dict(device=args.device, image_size=args.image_size, batch_size=args.batch_size)
+def place_labels(table, rows, names):
+    """int8 [N,n]: is there anything at each anatomy?"""
+    return (pair_labels(table, rows, names)[0] == 1).any(2).astype(np.int8)
 
 
 def validation_rows(args, table):
@@ -417,43 +416,40 @@ def score_classes(args, table, rows, parts, gather):
     """
     names = [name for part in parts.values() for name in part]
     labels, scores = gather(rows)
-    held = validation_rows(args, table)
     best = classification_scores(labels, scores, names=names)["threshold"]
-    honest, source = best, args.split
+    held, honest, source = validation_rows(args, table), best, args.split
     if len(held):
         honest, source = classification_scores(*gather(held), names=names)["threshold"], "validate"
-        for name in [n for n in names if honest[n] is None and best[n] is not None]:
-            print(f"{name}: labels of one kind only in the validation split; threshold 0.5")
-            honest[name] = 0.5
+        blind = [name for name in names if honest[name] is None and best[name] is not None]
+        honest |= dict.fromkeys(blind, 0.5)
+        if blind:
+            print("threshold 0.5, as in validation all or none are positive:", ", ".join(blind))
     spread = bootstrap_auroc(labels, scores, args.bootstrap, args.seed,
                              np.array([table.patients[i] for i in rows]))                # [1000,L]
-    blocks, lines = {}, []
+    blocks, per_class, lines = {}, {}, []
     for title, part in parts.items():
         k = [names.index(name) for name in part]
-
-        def block(threshold):
-            return classification_scores(labels[:, k], scores[:, k],
-                                         [threshold[name] for name in part], part)
-
-        result, customary = block(honest), block(best)
-        result["auroc_ci95"] = central(spread[:, k])
-        for name, c in result["per_class"].items():
-            c["auroc_ci95"] = central(spread[:, names.index(name)])
-            if c["auroc"] is None:
-                print(f"{name}: {c['n_pos']} of {c['n']} positive; not in the mean")
+        result, customary = (
+            classification_scores(labels[:, k], scores[:, k], [t[name] for name in part], part)
+            for t in (honest, best))
+        for c, column in zip((result, *result["per_class"].values()), (k, *k)):
+            c["auroc_ci95"] = central(spread[:, column])
         blocks[title] = result | {"thresholds_from": source, "customary": {
             key: customary[key] for key in ("f1", "acc", "threshold", "per_class")}}
-        each = [*result["per_class"].items(), (f"mean, {title}", result)]
-        for name, c in each:
-            other = customary if c is result else customary["per_class"][name]
+        per_class |= result["per_class"]
+        for name, c in (*result["per_class"].items(), (f"mean, {title}", result)):
+            other = customary["per_class"].get(name, customary)
             lines.append([name, c.get("n_pos", ""), c["auroc"], *c["auroc_ci95"], c["ap"], c["f1"],
                           c["acc"], other["f1"], other["acc"]])
     print_table(["", "n+", "AUROC", "95 %", "", "AP", "F1", "ACC", "F1*", "ACC*"], lines)
+    alike = [f"{name} ({c['n_pos']} of {c['n']})" for name, c in per_class.items()
+             if c["auroc"] is None]
+    if alike:
+        print("not in the mean, as all or none are positive:", ", ".join(alike))
     print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}, "
           f"with * at the best on {args.split} itself (customary, flattering)")
     arrays = dict(ids=np.array([table.ids[i] for i in rows]), names=np.array(names), labels=labels,
                   scores=scores)
-    per_class = {name: c for b in blocks.values() for name, c in b["per_class"].items()}
     return blocks, arrays, lambda path: draw_classes(path, per_class, arrays)
 
 
@@ -463,17 +459,18 @@ def classification(args, model, table, rows):
     if not labels:
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
     texts, columns, unseen = queries_for(model, labels, args)
-    order = [name for name in labels if name not in unseen] + unseen
+    parts = {"trained on": [name for name in labels if name not in unseen],
+             "not trained on": unseen}
+    parts = {title: names for title, names in parts.items() if names}
+    order = sum(parts.values(), [])
     at = [list(labels).index(name) for name in order]
 
     def gather(some):
         logits = [out.pathology_logits[:, [columns[name] for name in order]]
-                  for _, out, _ in predict(model, table, some, texts, **options(args))]
+                  for _, out, _ in predict(args, model, table, some, texts)]
         scores = torch.cat(logits).double().sigmoid().numpy()
         return label_values(table, some, labels)[:, at], scores
 
-    parts = {"trained on": order[:len(order) - len(unseen)], "not trained on": unseen}
-    parts = {title: names for title, names in parts.items() if names}
     blocks, arrays, draw = score_classes(args, table, rows, parts, gather)
     metrics = blocks.get("trained on", blocks.get("not trained on"))
     if len(blocks) == 2:
@@ -488,9 +485,9 @@ def anatomy(args, model, table, rows):
     names = query_names(model)
 
     def gather(some):
-        logits = [out.anatomy_logits for _, out, _ in predict(model, table, some, **options(args))]
-        labels = in_chunks(lambda r: (pair_labels(table, r, names)[0] == 1).any(2), some)
-        return labels.astype(np.int8), torch.cat(logits).double().sigmoid().numpy()
+        labels = place_labels(table, some, names)
+        logits = [out.anatomy_logits for _, out, _ in predict(args, model, table, some)]
+        return labels, torch.cat(logits).double().sigmoid().numpy()
 
     blocks, arrays, draw = score_classes(args, table, rows, {"anatomies": names[1]}, gather)
     return blocks["anatomies"] | {"truth": pair_labels(table, rows[:1], names)[1]}, arrays, draw
@@ -532,7 +529,7 @@ def fixed_answers(table, rows, labels, target, size=64, most=3000):
     answers = {}
     for label, some in masks.items():
         mean = np.mean(some or [np.ones((size, size))], axis=0)
-        mean /= mean.max()
+        mean /= max(mean.max(), 1e-12)  # small masks can vanish between the cells
         dice = np.mean([overlap(mean, mask, THRESHOLDS)[0] for mask in some or [mean > 0]], axis=0)
         answers[label] = mean, mean > THRESHOLDS[dice.argmax()]
     return answers
@@ -547,8 +544,7 @@ def heat_of(model, attention, shape, image_size):
 
 def locate(args, model, table, rows, texts, columns, thresholds):
     """Yields (row, label, mask, heat, Dice [K], IoU [K]) for each label located in an image."""
-    for chunk, _, maps in predict(model, table, rows, texts, attention=args.attention,
-                                  **options(args)):
+    for chunk, _, maps in predict(args, model, table, rows, texts, args.attention):
         for i, attention in zip(chunk, maps):
             for label in located(table, i):
                 mask = mask_of(table, i, label, args.target)
@@ -557,67 +553,65 @@ def locate(args, model, table, rows, texts, columns, thresholds):
                     yield i, label, mask, heat, *overlap(heat, mask, thresholds)
 
 
+OURS = "pointing_game", "iou", "dice"
+TRIVIAL = "random_point", "brightest_point", "fixed_point", "fixed_dice"
+
+
 def grounding(args, model, table, rows):
     """Where is it? Maps of the present findings against masks or boxes (Table IV, Fig. 7)."""
-    vocabulary = dict(zip(table.label_names, table.label_pathologies))
     splits = {"train": table.rows("train"), "validate": validation_rows(args, table),
               args.split: rows}
-    splits = {split: np.array([i for i in some if located(table, i)], int)
-              for split, some in splits.items()}
-    labels = {name: vocabulary.get(name, name)
-              for some in splits.values() for i in some for name in located(table, i)}
-    if not len(splits[args.split]):
+    splits = {split: [i for i in some if located(table, i)] for split, some in splits.items()}
+    if not splits[args.split]:
         raise InputError(f"{table.dataset} has no boxes or masks in its {args.split} split; "
                          "grounding takes synthetic, rsna, nih or siim")
+    vocabulary = dict(zip(table.label_names, table.label_pathologies))
+    labels = {name: vocabulary.get(name, name)
+              for some in splits.values() for i in some for name in located(table, i)}
     texts, columns, unseen = queries_for(model, labels, args)
     threshold, source = args.threshold, "--threshold"
     if threshold is None:
-        source = "validate" if len(splits["validate"]) else args.split
+        source = "validate" if splits["validate"] else args.split
         found = locate(args, model, table, splits[source], texts, columns, THRESHOLDS)
         dice = np.mean([dice for *_, dice, _ in found], axis=0)
         threshold = float(THRESHOLDS[dice.argmax()])
-    known = next(k for k in ("train", "validate", args.split) if len(splits[k]))
+    known = next(k for k in ("train", "validate", args.split) if splits[k])
     fixed = fixed_answers(table, splits[known], labels, args.target)
-    ours = "pointing_game", "iou", "dice"
-    trivial = "random_point", "brightest_point", "fixed_point", "fixed_dice"
-    records, examples = [], defaultdict(list)
-    for i, label, mask, heat, dice, iou in locate(
+    found, values, examples = [], [], defaultdict(list)
+    for i, name, mask, heat, dice, iou in locate(
             args, model, table, splits[args.split], texts, columns, np.array([threshold])):
-        point, region = fixed[label]
-        records.append((i, label, points_at(heat, mask), iou[0], dice[0], mask.mean(),
-                        points_at(table.images[i], shrink(mask, table.size)),
-                        points_at(point, shrink(mask, len(point))),
-                        overlap(region, shrink(mask, len(region)), np.array([0.5]))[0][0]))
-        if len(examples[label]) < 4:  # the first ones, not the best
-            examples[label].append((i, label, mask, heat, dice[0]))
-    index, label, values = (np.array(x) for x in ([r[0] for r in records], [r[1] for r in records],
-                                                  [r[2:] for r in records]))
+        point, region = fixed[name]
+        found.append((table.ids[i], table.patients[i], name))
+        values.append((points_at(heat, mask), iou[0], dice[0], mask.mean(),
+                       points_at(table.images[i], shrink(mask, table.size)),
+                       points_at(point, shrink(mask, len(point))),
+                       overlap(region, shrink(mask, len(region)), np.array([0.5]))[0][0]))
+        if len(examples[name]) < 4:  # the first ones, not the best
+            examples[name].append((i, name, mask, heat, dice[0]))
+    values, (ids, patients, label) = np.array(values), (np.array(x) for x in zip(*found))
 
     def means(some):
-        return dict(zip(ours + trivial, some.mean(0).tolist())) | {"n": len(some)}
+        return dict(zip(OURS + TRIVIAL, some.mean(0).tolist())) | {"n": len(some)}
 
-    metrics = means(values)
-    metrics["trivial"] = {key: metrics.pop(key) for key in trivial}
-    metrics["per_class"] = {name: means(values[label == name]) for name in columns if name in label}
-    patients = np.array([table.patients[i] for i in index])
-    for k, key in ((0, "pointing_game"), (2, "dice")):
-        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), label != "", values[:, k],
-                                              args.bootstrap, args.seed, patients)
-    metrics |= {"threshold": threshold, "threshold_from": source, "attention": args.attention,
-                "target": args.target, "trivial_from": known, "not_trained_on": unseen}
-    lines = sorted(metrics["per_class"].items(), key=lambda item: item[1]["pointing_game"])
-    lines = [[name + (" (not trained on)" if name in unseen else ""), c["n"],
-              *(c[k] for k in ours + trivial)]
-             for name, c in lines + [("all", metrics | metrics["trivial"])]]
+    whole = means(values)
+    per_class = {name: means(values[label == name]) for name in columns if name in label}
+    lines = sorted(per_class.items(), key=lambda item: item[1]["pointing_game"])
     print_table(["", "n", "pointing", "IoU", "Dice", "random", "brightest", "fixed", "fixed Dice"],
-                lines)
+                [[name + " (not trained on)" * (name in unseen), c["n"],
+                  *(c[key] for key in OURS + TRIVIAL)] for name, c in (*lines, ("all", whole))])
     against = "masks, or boxes where there are none" if args.target == "mask" else "boxes"
     print(f"{args.attention} attention against {against}; regions above {threshold:.2f} of the "
           f"maximum (from {source}); trivial answers from {known}")
-    arrays = dict(ids=np.array([table.ids[i] for i in index]), label=label,
-                  **{key: values[:, k] for k, key in enumerate(ours + trivial)})
+    metrics = {key: whole[key] for key in (*OURS, "n")} | {
+        "trivial": {key: whole[key] for key in TRIVIAL}, "per_class": per_class,
+        "threshold": threshold, "threshold_from": source, "attention": args.attention,
+        "target": args.target, "trivial_from": known, "not_trained_on": unseen}
+    for k, key in ((0, "pointing_game"), (2, "dice")):
+        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), values[:, k], values[:, k],
+                                              args.bootstrap, args.seed, patients)
+    arrays = dict(zip(OURS + TRIVIAL, values.T)) | {"ids": ids, "label": label}
     shown = [e for k in range(4) for some in examples.values() for e in some[k:k + 1]][:12]
-    return metrics, arrays, lambda path: draw_heat(path, table, shown, threshold, args)
+    return metrics, arrays, lambda path: draw_heat(path, table, shown, threshold, args.attention)
 
 
 def relation(args, model, table, rows):
@@ -626,67 +620,77 @@ def relation(args, model, table, rows):
     truth, source = pair_labels(table, rows, names, args.cells)                          # [N,n,m]
     texts = [model.queries[kind]["text"] for kind in ("pathology", "anatomy")]
     scores = np.concatenate([relation_probability(model, out, texts).float().numpy()     # 4nm bytes
-                             for _, out, _ in predict(model, table, rows, **options(args))])
+                             for _, out, _ in predict(args, model, table, rows)])
     train = table.rows("train")
     often = sum((table.existence(train[i:i + 1000], *names) == 1).sum(0)
                 for i in range(0, len(train), 1000)) / max(len(train), 1)                # [n,m]
     often = np.broadcast_to(often, truth.shape)
-    table_of = {key: relation_scores(truth, value, names[1]) for key, value in (
+    rivals = {key: relation_scores(truth, value, names[1]) for key, value in (
         ("model", scores), ("cell frequencies in train", often),
         ("true existence x frequency", often * (truth == 1).any(1, keepdims=True)))}
     keys = ("auroc", "ap", "cell_auroc", "side", "top1")
-    print_table(["", *keys], [[key, *(s[k] for k in keys)] for key, s in table_of.items()])
-    metrics = table_of.pop("model") | {
-        "truth": source, "trivial": table_of,
+    print_table(["", *keys], [[key, *(s[k] for k in keys)] for key, s in rivals.items()])
+    metrics = rivals.pop("model") | {
+        "truth": source, "trivial": rivals,
         "score": "sigmoid(relation_logits)" if trained_icl(model) else
                  "existence x ProtoCL place, as no ICL was trained"}
-    print(f"{len(rows)} images, {metrics['n_findings']} findings, {metrics['n_sided']} of them "
-          f"sided; truth: {source}; score: {metrics['score']}")
+    print(f"{len(rows)} images, {metrics['n_findings']} findings, {metrics['n_sided']} pairs on "
+          f"one side; truth: {source}; score: {metrics['score']}")
     arrays = dict(ids=np.array([table.ids[i] for i in rows]), truth=truth, scores=scores,
                   pathologies=np.array(names[0]), anatomies=np.array(names[1]))
-    often = (truth == 1).mean(0), scores.mean(0)
-    return metrics, arrays, lambda path: draw_relation(path, *often, *names)
+    return metrics, arrays, lambda path: draw_relation(
+        path, (truth == 1).mean(0), scores.mean(0), *names)
+
+
+def probe(x, y, fit):
+    """Mean AUROC of logistic regressions of y [N,L] (1, 0, -1) on x [N,D], fitted on the rows
+    where fit [N] and scored on the others; labels with fewer than 5 of a kind there are left out.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import roc_auc_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    aurocs = []
+    for label in y.T:
+        a, b = fit & (label >= 0), ~fit & (label >= 0)
+        if min((label[half] == v).sum() for half in (a, b) for v in (0, 1)) >= 5:
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+            guess = model.fit(x[a], label[a]).decision_function(x[b])
+            aurocs.append(roc_auc_score(label[b], guess))
+    return float(np.mean(aurocs)) if aurocs else None
 
 
 def embedding(args, model, table, rows, most=1000):
     """What do the embeddings keep apart? Pictures (Figs. 5, 6, 8) and the numbers behind them."""
-    from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import silhouette_score
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    if len(rows) < 4:
+        raise InputError(f"{len(rows)} images are too few to embed; try another --split")
     rng = np.random.default_rng(args.seed)
     rows, names = np.sort(rng.permutation(rows)[:most]), query_names(model)
     labels = label_names(table, rows)
+    if not labels:
+        raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
     texts, columns, _ = queries_for(model, labels, args)
-    queried, streams = [], {"pathology": [], "anatomy": []}
-    for _, out, _ in predict(model, table, rows, texts, **options(args)):
+    queried, streams = [], defaultdict(list)
+    for _, out, _ in predict(args, model, table, rows, texts):
         queried.append(out.pathology_queried[:, [columns[name] for name in labels]].numpy())
-        for stream in streams:
+        for stream in ("pathology", "anatomy"):
             tokens = getattr(out, f"{stream}_tokens")
-            streams[stream] += [] if tokens is None else [tokens.mean(1).numpy()]
+            if tokens is not None:
+                streams[stream].append(tokens.mean(1).numpy())
     queried = np.concatenate(queried)                                                    # [N,L,D]
-    streams = {stream: np.concatenate(x) for stream, x in streams.items() if x}          # [N,D]
-    values = label_values(table, rows, labels)                                           # [N,L]
-    targets = {"pathology": values}
+    streams = {stream: np.concatenate(x) for stream, x in streams.items()}               # [N,D]
+    targets = {"pathology": label_values(table, rows, labels)}                           # [N,L]
     if table.has_reports:
-        targets["place"] = (pair_labels(table, rows, names)[0] == 1).any(2).astype(int)  # [N,n]
+        targets["place"] = place_labels(table, rows, names)                              # [N,n]
     patients = np.unique([table.patients[i] for i in rows], return_inverse=True)[1]
-    fit, metrics = patients % 2 == 0, {"n": len(rows)}
-    for stream, x in streams.items():
-        for target, y in targets.items():
-            aurocs = []
-            for k in range(y.shape[1]):
-                a, b = fit & (y[:, k] >= 0), ~fit & (y[:, k] >= 0)
-                if min((y[half, k] == v).sum() for half in (a, b) for v in (0, 1)) >= 5:
-                    probe = LogisticRegression(C=0.1, max_iter=1000)
-                    probe = make_pipeline(StandardScaler(), probe)
-                    guess = probe.fit(x[a], y[a, k]).decision_function(x[b])
-                    aurocs.append(classification_scores(y[b, k], guess)["auroc"])
-            metrics[f"{target} from {stream} tokens"] = float(np.mean(aurocs)) if aurocs else None
+    metrics = {"n": len(rows)} | {f"{target} from {stream} tokens": probe(x, y, patients % 2 == 0)
+                                  for stream, x in streams.items()
+                                  for target, y in targets.items()}
     some = rng.permutation(queried.shape[0] * queried.shape[1])[:2500]
     flat, disease = queried.reshape(-1, queried.shape[-1])[some], some % queried.shape[1]
-    layout = {"diseases": flatten(flat, args.seed), "disease": disease, "values": values,
-              "names": np.array(list(labels))}
+    layout = {"diseases": flatten(flat, args.seed), "disease": disease,
+              "values": targets["pathology"], "names": np.array(list(labels))}
     if len(labels) > 1:
         metrics["silhouette of diseases"] = float(silhouette_score(flat, disease))
     if len(streams) == 2:
@@ -695,9 +699,9 @@ def embedding(args, model, table, rows, most=1000):
         layout["streams"] = flatten(both, args.seed)
     for k, name in enumerate(list(labels)[:12]):
         layout[f"each {name}"] = flatten(queried[:, k], args.seed, umap=True)
-    print_table(["", ""], [(k, v) for k, v in metrics.items()])
-    print("probes: logistic regression on mean tokens, fitted on half of the patients, AUROC on "
-          "the other half")
+    print_table(["", "value"], metrics.items())
+    print("A from B: AUROC of logistic regression on mean tokens, fitted on half of the patients, "
+          "scored on the other half; silhouette: 1 = clusters apart, 0 = mixed")
     return metrics, layout, lambda path: draw_embedding(path, layout)
 
 
@@ -714,16 +718,15 @@ def flatten(x, seed, umap=False):
 
 def predict_files(args, model):
     """What and where in one radiograph, printed and drawn, or in a folder of them, as a CSV."""
-    path = Path(args.image)
-    endings = (".png", ".jpg", ".jpeg", ".dcm")
-    files = sorted(f for f in path.rglob("*") if f.suffix.lower() in endings)
-    files = files if path.is_dir() else [path]
-    if not path.exists() or not files:
+    path, endings = Path(args.image), (".png", ".jpg", ".jpeg", ".dcm", ".dicom")
+    files = [path] if path.is_file() else sorted(
+        f for f in path.rglob("*") if f.suffix.lower() in endings)
+    if not files:
         raise InputError(f"no radiograph at {path}; --image takes a PNG, JPEG or DICOM file, or a "
                          "folder of them")
     names, places = query_names(model)
-    texts, columns, _ = queries_for(model, {name: name for name in names} | (
-        {args.prompt: None} if args.prompt else {}), args)
+    labels = {name: name for name in names} | ({args.prompt: None} if args.prompt else {})
+    texts, columns, _ = queries_for(model, labels, args)
     texts, size = [t.to(args.device) for t in texts], args.image_size or model.config.image_size
     table = []
     for file in files:
@@ -744,6 +747,8 @@ def predict_files(args, model):
             for rank, i in enumerate(np.argsort(-pairs[:, k])[:3], 1):
                 row |= {f"place {rank}": places[i], f"probability {rank}": pairs[i, k]}
             table.append(row)
+    if not table:
+        raise InputError(f"none of the {len(files)} images in {path} can be read")
     folder = Path(args.out_dir) / "eval"
     folder.mkdir(parents=True, exist_ok=True)
     if path.is_dir():
@@ -752,13 +757,13 @@ def predict_files(args, model):
             writer.writeheader()
             writer.writerows({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
                              for row in table)
-        print(f"{len(files)} images, {len(columns)} questions each -> {folder / 'predict.csv'}")
+        print(f"{len(table) // len(columns)} of {len(files)} images, {len(columns)} questions each "
+              f"-> {folder / 'predict.csv'}")
     else:
         print_table(list(table[0])[1:], [list(row.values())[1:] for row in table[:8]])
         picture = data.read_image(str(path))
-        maps = {name: maps[0, k].cpu().numpy() for name, k in columns.items()}
         heats = [(row["finding"], row["probability"],
-                  heat_of(model, maps[row["finding"]], picture.shape, size))
+                  heat_of(model, maps[0, columns[row["finding"]]].cpu(), picture.shape, size))
                  for k, row in enumerate(table[:4]) if k == 0 or row["probability"] > 0.5]
         with replacing(folder / "predict.png") as draft:
             draw_answer(draft, picture, heats)
@@ -786,35 +791,37 @@ def finish(figure, path):
 
 
 def draw_classes(path, per_class, arrays):
-    """AUROC bars with their intervals (Fig. 4), and the ROC curves."""
+    """How far each AUROC is from chance, with its interval (Fig. 4), and the ROC curves."""
+    import matplotlib
     from sklearn.metrics import roc_curve
-    shown = sorted((c["auroc"], *c["auroc_ci95"], name) for name, c in per_class.items()
-                   if c["auroc"] is not None)
-    figure, ((bars, curves),) = canvas(1, 2, 11, max(4.5, 0.24 * len(shown) + 1))
-    for k, (auroc, low, high, name) in enumerate(shown):
-        bars.barh(k, auroc, xerr=[[auroc - low], [high - auroc]], color=BLUE, capsize=2)
+    shown = sorted((c["auroc"], name) for name, c in per_class.items() if c["auroc"] is not None)
+    figure, ((bars, curves),) = canvas(1, 2, 12, max(4.5, 0.24 * len(shown) + 1))
+    for k, (auroc, name) in enumerate(shown):
+        bars.barh(k, auroc - 0.5, left=0.5, color=BLUE)
+        bars.plot(per_class[name]["auroc_ci95"], (k, k), color="black", marker="|")
         column = list(arrays["names"]).index(name)
         label, score = arrays["labels"][:, column], arrays["scores"][:, column]
         x, y, _ = roc_curve(label[label >= 0], score[label >= 0])
-        curves.plot(x, y, linewidth=1, label=name, color=f"C{k % 10}", linestyle="-:"[k > 9])
-    bars.set_yticks(range(len(shown)), [f"{s[3]} ({per_class[s[3]]['n_pos']})" for s in shown])
-    bars.axvline(0.5, color="black", linewidth=0.8)
-    bars.set(xlim=(min([0.4, *(s[1] for s in shown)]), 1),
-             xlabel="AUROC and 95 % interval (positives)")
+        curves.plot(x, y, linewidth=1, label=name, color=matplotlib.colormaps["tab20"](k % 20))
+    bars.set_yticks(range(len(shown)), [f"{name} ({per_class[name]['n_pos']})  {auroc:.3f}"
+                                        for auroc, name in shown])
+    bars.set(xlim=(None, 1.01), ylim=(-1, len(shown)),
+             xlabel="AUROC and 95 % interval (number of positives)")
     curves.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
     curves.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
     if 0 < len(shown) <= 20:
-        curves.legend(fontsize=7, loc="lower right", frameon=False)
+        curves.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     finish(figure, path)
 
 
-def draw_map(axis, picture, heat):
+def draw_map(axis, picture, heat, title):
     axis.imshow(picture, cmap="gray", extent=(-0.5, heat.shape[1] - 0.5, heat.shape[0] - 0.5, -0.5))
     axis.imshow(heat, cmap="autumn", alpha=0.6 * np.clip(heat, 0, 1), vmin=0, vmax=1)
     axis.axis("off")
+    axis.set_title(title, fontsize=9)
 
 
-def draw_heat(path, table, examples, threshold, args):
+def draw_heat(path, table, examples, threshold, attention):
     """The first examples of each finding: heat, its region, its maximum, and the truth (Fig. 7)."""
     columns = min(4, len(examples))
     rows = -(-len(examples) // columns)
@@ -822,24 +829,22 @@ def draw_heat(path, table, examples, threshold, args):
     for axis in axes.flat[len(examples):]:
         axis.axis("off")
     for axis, (i, label, mask, heat, dice) in zip(axes.flat, examples):
-        draw_map(axis, table.images[i], heat)
+        draw_map(axis, table.images[i], heat, f"{label}, Dice {dice:.2f}")
         axis.contour(heat, [threshold], colors="yellow", linewidths=1)
         axis.contour(mask, [0.5], colors="cyan", linewidths=1.2)
         y, x = np.unravel_index(heat.argmax(), heat.shape)
         axis.plot(x, y, "x", color="lime" if mask[y, x] else "red", markersize=8)
-        axis.set_title(f"{label}, Dice {dice:.2f}", fontsize=9)
-    figure.suptitle(f"cyan: {args.target}; heat: {args.attention} attention; yellow: above "
-                    f"{threshold:.2f}; x: maximum, green if it hits", fontsize=9)
+    figure.suptitle(f"cyan: the truth; heat: {attention} attention; yellow: above {threshold:.2f}; "
+                    "x: maximum, green if it hits", fontsize=9)
     finish(figure, path)
 
 
 def draw_answer(path, picture, heats):
-    figure, axes = canvas(1, 1 + len(heats), 3 * (1 + len(heats)), 3.4)
-    draw_map(axes[0, 0], picture, np.zeros(picture.shape))
-    axes[0, 0].set_title("no medical device", fontsize=9)
+    figure, axes = canvas(1, 1 + len(heats), 3 * (1 + len(heats)), 3.6)
+    draw_map(axes[0, 0], picture, np.zeros(picture.shape), "as it is")
     for axis, (name, chance, heat) in zip(axes[0, 1:], heats):
-        draw_map(axis, picture, heat)
-        axis.set_title(f"{name[:28]} {chance:.2f}", fontsize=9)
+        draw_map(axis, picture, heat, f"{name[:28]}: {chance:.2f}")
+    figure.suptitle("where each question looks, and its probability; no medical device", fontsize=9)
     finish(figure, path)
 
 
@@ -848,8 +853,8 @@ def draw_relation(path, truth, predicted, pathologies, anatomies, most=30):
     rows, columns = (np.sort([k for k in np.argsort(-x)[:most] if x[k] > 0]).astype(int)
                      for x in (truth.max(1), truth.max(0)))
     figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
-    for axis, matrix, title in ((axes[0, 0], truth, "share of images: true"),
-                                (axes[0, 1], predicted, "predicted (mean probability)")):
+    for axis, matrix, title in ((axes[0, 0], truth, "true: share of images"),
+                                (axes[0, 1], predicted, "predicted: mean probability")):
         picture = axis.imshow(matrix[np.ix_(rows, columns)], vmin=0, vmax=truth.max() or 1,
                               aspect="auto")
         axis.set_xticks(range(len(columns)), np.array(pathologies)[columns], rotation=90,
@@ -864,28 +869,29 @@ def draw_embedding(path, layout):
     """Embeddings by disease (Fig. 6), streams (Fig. 8), and each disease's own picture (Fig. 5)."""
     import matplotlib
     each, names = [key for key in layout if key.startswith("each ")], layout["names"]
-    figure, axes = canvas(2 + -(-len(each) // 6), 6, 15, 2.5 * (2 + -(-len(each) // 6)))
+    rows, colours = 2 + -(-len(each) // 6), matplotlib.colormaps["tab20"]
+    figure, axes = canvas(rows, 6, 15, 2.5 * rows)
     for axis in axes.flat:
         axis.axis("off")
-    grid, colours = axes[0, 0].get_gridspec(), matplotlib.colormaps["tab20"]
-    first, streams = (figure.add_subplot(grid[:2, k:k + 2], xticks=[], yticks=[]) for k in (0, 3))
-    first.scatter(*layout["diseases"].T, c=colours(layout["disease"] % 20), s=4, linewidths=0)
+    grid = axes[0, 0].get_gridspec()
+    first, streams = (figure.add_subplot(grid[:2, k:k + 2], xticks=[], yticks=[]) for k in (0, 4))
     first.set_title("queried pathology embeddings, by disease", fontsize=10)
+    first.scatter(*layout["diseases"].T, c=colours(layout["disease"] % 20), s=8, linewidths=0)
     for k, name in enumerate(names[:20]):
         first.plot([], [], "o", color=colours(k), label=name, markersize=4)
-    first.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    if "streams" in layout:
-        half = len(layout["streams"]) // 2
-        for name, colour, xy in (("pathology", BLUE, layout["streams"][:half]),
-                                 ("anatomy", RED, layout["streams"][half:])):
-            streams.scatter(*xy.T, c=colour, s=4, linewidths=0, label=name)
-        streams.legend(fontsize=8, markerscale=3, frameon=False)
+    legend = first.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend.set_in_layout(False)  # or the column under it would become wide
     streams.set_title("image embeddings (mean token), by stream", fontsize=10)
-    for k, (axis, key) in enumerate(zip(axes[2:].flat, each)):
+    if "streams" in layout:
+        both = np.split(layout["streams"], 2)
+        for name, colour, xy in zip(("pathology", "anatomy"), (BLUE, RED), both):
+            streams.scatter(*xy.T, c=colour, s=8, linewidths=0, label=name)
+        streams.legend(fontsize=8, markerscale=2, frameon=False)
+    for axis, key, name, values in zip(axes[2:].flat, each, names, layout["values"].T):
         for value, colour in ((0, GRAY), (1, RED)):
-            some = layout["values"][:, k] == value
-            axis.scatter(*layout[key][some].T, c=colour, s=4, linewidths=0)
-        axis.set_title(f"{names[k]} ({(layout['values'][:, k] == 1).sum()})", fontsize=9)
+            axis.scatter(*layout[key][values == value].T, c=colour, s=8, linewidths=0)
+        axis.set_title(f"{name}: {(values == 1).sum()} red", fontsize=9)
+    figure.suptitle("small: one disease each, red where it is present, gray where not", fontsize=9)
     finish(figure, path)
 
 
@@ -911,13 +917,13 @@ def parse_args(argv=None):
     g.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
     g.add_argument("--split", default="test", choices=["train", "validate", "test"])
     g.add_argument("--image", metavar="FILE_OR_DIR", help="predict: a radiograph, or a folder")
-    g.add_argument("--prompt", help="a disease in plain words: one more question in predict; in "
-                   "classification, for the labels without a stored query")
+    g.add_argument("--prompt", help="a disease in plain words: one more question in predict; "
+                   "elsewhere for the only label, or the only one without a stored query")
     g = parser.add_argument_group("model")
     g.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
     g.add_argument("--image-size", type=int, help="pixels (default: what the model was trained at)")
     g.add_argument("--text-encoder", metavar="NAME_OR_DIR", help="for new prompts; or `hashing` "
-                   "(default: the checkpoint's)")
+                   "(default: the checkpoint's; of the published one Bio_ClinicalBERT)")
     g.add_argument("--pathology-book", metavar="FILE", help="prompts for the published checkpoint")
     g.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     g.add_argument("--batch-size", type=int, default=64)
@@ -925,7 +931,7 @@ def parse_args(argv=None):
     g.add_argument("--attention", default="joint", choices=["pathology", "joint", "mirror"],
                    help="grounding, predict: which maps; the paper's are `pathology`")
     g.add_argument("--target", default="mask", choices=["mask", "box"],
-                   help="grounding: masks where there are any, or boxes")
+                   help="grounding: drawn masks, and boxes where there are none; or boxes")
     g.add_argument("--threshold", type=float, help="grounding: share of a map's maximum, 0..1 "
                    "(default: the best Dice on validation)")
     g.add_argument("--cells", default="all", choices=["all", "mentioned"],
@@ -940,6 +946,14 @@ def parse_args(argv=None):
 
 def main(args):
     """Run one task; returns its metrics as written to the JSON (None for predict)."""
+    if min(1 if v is None else v
+           for v in (args.batch_size, args.bootstrap, args.limit, args.image_size)) < 1:
+        raise InputError("--batch-size, --bootstrap, --limit, --image-size: at least 1")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {args.device} is none that PyTorch can use here; "
+                         "leave it out") from None
     if args.task == "predict":
         if not args.image:
             raise InputError("--task predict needs --image FILE_OR_DIR")

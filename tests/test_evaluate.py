@@ -3,10 +3,12 @@
     python -m pytest tests/test_evaluate.py
 """
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +89,59 @@ def test_bootstrap_ci():
     assert evaluate.bootstrap_ci("auroc", np.ones(5, int), np.arange(5)) == (None, None)
 
 
+def test_intervals_by_pencil():
+    """Row means 0 and 2, the third row unknown; 2.5 and 97.5 % of the way from 0 to 2."""
+    rows = [[0, np.nan], [1, 3], [np.nan, np.nan]]
+    assert evaluate.central(rows) == pytest.approx((0.05, 1.95))
+    assert evaluate.central([0.0, 2.0]) == pytest.approx((0.05, 1.95))
+    assert evaluate.central([]) == evaluate.central([[np.nan]]) == (None, None)
+
+
+class FakeTable(SimpleNamespace):
+    """Five images, the first two for validation."""
+    dataset, ids, patients = "fake", list("abcde"), list("abcde")
+
+    def rows(self, split):
+        return np.array({"validate": [0, 1], "test": [2, 3, 4]}.get(split, []), int)
+
+
+def test_thresholds_come_from_validation():
+    """Validation puts the threshold at .9, which misses the .8 of the test; the best is .8. The
+    second class has no positive there and takes 0.5, the third none in the test."""
+    labels = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0], [0, 0, 0], [1, 0, 0]])
+    scores = np.array([[.9, .1, .9], [.6, .1, .1], [.8, .7, .1], [.2, .6, .1], [.95, .1, .1]])
+    args = SimpleNamespace(split="test", bootstrap=10, seed=0)
+    blocks, arrays, draw = evaluate.score_classes(
+        args, FakeTable(), np.array([2, 3, 4]), {"known": ["x", "y"], "new": ["z"]},
+        lambda rows: (labels[rows], scores[rows]))
+    known = blocks["known"]
+    assert known["threshold"] == {"x": 0.9, "y": 0.5} and known["thresholds_from"] == "validate"
+    assert known["per_class"]["x"]["f1"] == pytest.approx(2 / 3) and known["auroc"] == 1
+    assert known["f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert known["customary"]["f1"] == 1 and known["customary"]["threshold"]["x"] == 0.8
+    assert blocks["new"]["auroc"] is None and list(arrays["ids"]) == list("cde")
+
+
+def test_a_figure_of_any_interval(tmp_path):
+    """Few resamples may all lie beside the estimate, or none of them have both kinds."""
+    classes = {"x": {"auroc": 0.75, "auroc_ci95": (0.8, 0.9), "n_pos": 2},
+               "y": {"auroc": 0.75, "auroc_ci95": (None, None), "n_pos": 2},
+               "z": {"auroc": None, "auroc_ci95": (None, None), "n_pos": 0}}
+    arrays = {"names": np.array(["x", "y", "z"]), "labels": np.array([[1, 1, 0], [0, 0, 0]] * 2),
+              "scores": np.array([[4, 1, 0], [3, 2, 0], [2, 3, 0], [1, 4, 0]])}
+    evaluate.draw_classes(tmp_path / "some.png", classes, arrays)
+    evaluate.draw_classes(tmp_path / "none.png", {"z": classes["z"]}, arrays)
+    assert (tmp_path / "none.png").exists()
+
+
+def test_a_probe_finds_what_is_there():
+    """The first label is a coordinate, the second has no negatives, the third none in one half."""
+    x, fit = np.random.default_rng(4).normal(size=(80, 2)), np.arange(80) % 2 == 0
+    y = np.stack([x[:, 0] > 0, np.ones(80), fit], axis=1).astype(int)
+    assert evaluate.probe(x, y, fit) > 0.99
+    assert evaluate.probe(x, y[:, 1:], fit) is None
+
+
 # --------------------------------------------------------------------------------------- locating
 
 def test_grounding_by_pencil():
@@ -112,6 +167,25 @@ def test_overlap_is_the_plain_count_at_every_threshold():
         both, either = (region & mask).sum(), (region | mask).sum()
         assert dice[k] == pytest.approx(2 * both / (region.sum() + mask.sum()))
         assert iou[k] == pytest.approx(both / either)
+
+
+def test_boxes_and_fixed_answers_by_pencil():
+    """Two boxes of 2 x 2 pixels and one of 2 x 1: their mean is highest in the upper row, and all
+    four pixels (Dice 1, 1, 2/3) beat the upper row alone (2/3, 2/3, 1)."""
+    boxes = [[("a", 0, 0, 0.5, 0.5)], [("a", 0, 0, 0.5, 0.5)], [("a", 0, 0, 0.5, 0.25)]]
+    table = FakeTable(boxes=boxes, _masks={}, shape=np.full((3, 2), 4), mask=lambda i, label: None)
+    assert evaluate.located(table, 0) == ["a"]
+    assert np.argwhere(evaluate.mask_of(table, 2, "a", "mask")).tolist() == [[0, 0], [0, 1]]
+    answers = evaluate.fixed_answers(table, [0, 1, 2], ["a", "never seen"], "mask", size=4)
+    mean, region = answers["a"]
+    assert np.allclose(mean[:2, :2], [[1, 1], [2 / 3, 2 / 3]]) and mean.sum() == pytest.approx(10/3)
+    assert region[:2, :2].all() and region.sum() == 4
+    assert answers["never seen"][1].all()
+
+
+def test_shrinking_takes_the_middle_of_each_cell():
+    mask = np.arange(36).reshape(6, 6)
+    assert evaluate.shrink(mask, 2).tolist() == [[7, 10], [25, 28]]
 
 
 def test_upsampling_by_pencil():
@@ -171,6 +245,31 @@ def test_relation_by_pencil():
     assert evaluate.relation_scores(unknown, scores, places)["auroc"] is None
     both = np.ones((1, 3, 1), int)  # on both sides: no question
     assert evaluate.relation_scores(both, scores[:1], places)["side"] is None
+
+
+def test_joint_maps_by_pencil():
+    """An even pathology map, and the anatomy it is at lights up one cell: that cell, smoothed."""
+    maps = torch.zeros(1, 2, 5, 5)
+    maps[0, 0, 1, 2], maps[0, 1, 4, 4] = 16, 16
+    out = SimpleNamespace(pathology_attention=torch.ones(1, 1, 5, 5), anatomy_attention=maps,
+                          relation_logits=torch.tensor([[[40.0], [-40.0]]]))
+    model = lambda *_, **__: out  # noqa: E731
+    model.config, model.args = SimpleNamespace(streams="dual"), {}
+    joint = evaluate.attention_maps(model, None, (None, None), "joint")[1][0, 0]
+    assert torch.allclose(joint[:3, 1:4], torch.tensor([[1., 2, 1], [2, 4, 2], [1, 2, 1]]))
+    assert joint.sum() == pytest.approx(16)
+    out.anatomy_attention, out.pathology_attention = None, maps[:, :1]  # one stream: smoothed
+    joint = evaluate.attention_maps(model, None, (None, None), "joint")[1][0, 0]
+    assert joint[1, 2] == 4 and joint.sum() == pytest.approx(16)
+
+
+def test_pairs_without_icl_by_pencil():
+    """Existence one half, and a softmax of (log 3, 0) over two places: 3/8 and 1/8."""
+    model = SimpleNamespace(config=SimpleNamespace(streams="dual"), args={"beta": 0})
+    out = SimpleNamespace(pathology_logits=torch.zeros(1, 1),
+                          pathology_z=torch.tensor([[[math.log(3), 0.0]]]))
+    pairs = evaluate.relation_probability(model, out, (None, torch.eye(2)))
+    assert pairs[0, :, 0].tolist() == pytest.approx([3 / 8, 1 / 8])
 
 
 # --------------------------------------------------------------------------------- the whole thing
@@ -248,11 +347,11 @@ def test_classification_asks_unseen_diseases_last(folder):
 
 @pytest.mark.parametrize("kind", ["pathology", "joint", "mirror"])
 def test_maps_leave_the_answers_as_they_are(folder, kind):
-    model = evaluate.load_model(evaluate.parse_args(
-        ["--task", "grounding", "--checkpoint", str(folder / "ckpt.pt")]))
+    args = evaluate.parse_args(["--task", "grounding", "--checkpoint", str(folder / "ckpt.pt")])
+    model = evaluate.load_model(args)
     table = data.load("synthetic", str(folder / "synthetic"), workers=1)
-    plain = next(evaluate.predict(model, table, table.rows()[:3]))[1]
-    _, out, maps = next(evaluate.predict(model, table, table.rows()[:3], attention=kind))
+    plain = next(evaluate.predict(args, model, table, table.rows()[:3]))[1]
+    _, out, maps = next(evaluate.predict(args, model, table, table.rows()[:3], attention=kind))
     assert maps.shape == (3, 6, 16, 16) and (maps >= 0).all() and maps.max() > 0
     assert torch.allclose(plain.pathology_logits, out.pathology_logits, atol=1e-4)
     assert not out.pathology_logits.requires_grad
@@ -300,11 +399,22 @@ def test_a_mistake_is_one_line_and_status_2(folder):
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("evaluate.py: ")
 
 
-@pytest.mark.parametrize("flags, words", [
-    ([], "--image"), (["--image", "no.png"], "no radiograph at no.png")])
-def test_predict_says_what_it_needs(folder, flags, words):
+def test_a_folder_of_broken_images(folder, tmp_path):
+    for name in ("one.png", "two.jpg"):
+        (tmp_path / name).write_bytes(b"no image")
+    with pytest.raises(InputError, match="none of the 2 images"):
+        run(folder, "predict", "--image", str(tmp_path))
+
+
+@pytest.mark.parametrize("task, flags, words", [
+    ("predict", [], "--image"), ("predict", ["--image", "no.png"], "no radiograph at no.png"),
+    ("relation", ["--bootstrap", "0"], "at least 1"), ("relation", ["--limit", "0"], "at least 1"),
+    ("relation", ["--device", "abacus"], "--device abacus"),
+    ("classification", ["--prompt", "A broken wire."], "7 have no stored query"),
+    ("embedding", ["--limit", "2"], "too few")])
+def test_each_flag_says_what_it_needs(folder, task, flags, words):
     with pytest.raises(InputError, match=words):
-        run(folder, "predict", *flags)
+        run(folder, task, *flags)
 
 
 def test_what_a_data_set_or_a_model_lacks_is_said(folder):
