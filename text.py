@@ -15,18 +15,19 @@ both end in the same matrix. Differs from the paper and the released code in:
 import argparse
 import bisect
 import collections
-import contextlib
 import difflib
 import functools
 import glob
 import hashlib
 import html
+import itertools
 import json
 import os
 import re
 import sys
 import tarfile
 import warnings
+import zlib
 
 import numpy as np
 
@@ -166,8 +167,8 @@ def swap_sides(name):
 
 # name: words of which one must occur [+ words of which one must too] [- words that must not]
 # [= whole strings that match as they stand]. The first match wins; _ is the space in a span of two
-# words. S is one side and O the other, so such a line makes two rules: 49 in all, written anew to
-# give what the published table gives.
+# words. S is one side and O the other, so such an entry makes two rules: 49 in all, with the
+# results of the published table.
 _LANDMARKS = """
 trachea: trachea tracheal carina
 S_hilar: hilar hilum perihilar + S - O
@@ -195,20 +196,11 @@ lung_bases: lung lungs + base bases - left right = bases basilar bibasilar lung|
 S_costophrenic: costophrenic + S - O
 costophrenic_unspec: costophrenic - left right
 cardiophrenic_sulcus: cardiophrenic
-mediastinal: mediastinal mediastinum cardiomediastinal
-spine: spine spinal
-clavicle: clavicle clavicles clavicular
-rib: rib ribs
-stomach: stomach gastric
-right_atrium: atrium atrial + right - left
-right_ventricle: ventricle ventricular + right - left
-aorta: aorta aortic
-svc: svc
-interstitium: interstitial interstitium
-parenchymal: parenchymal
-cavoatrial_junction: cavoatrial_junction
-cardiopulmonary: cardiopulmonary
-pulmonary: pulmonary
+mediastinal: mediastinal mediastinum cardiomediastinal; spine: spine spinal
+clavicle: clavicle clavicles clavicular; rib: rib ribs; stomach: stomach gastric
+right_atrium: atrium atrial + right - left; right_ventricle: ventricle ventricular + right - left
+aorta: aorta aortic; svc: svc; interstitium: interstitial interstitium; parenchymal: parenchymal
+cavoatrial_junction: cavoatrial_junction; cardiopulmonary: cardiopulmonary; pulmonary: pulmonary
 lung_volumes: lung lungs volume volumes - left right upper lower mid middle base bases apical apex
 """
 
@@ -217,9 +209,9 @@ def _landmark_rules():
     def words(text):
         return {word.replace("_", " ") for word in text.split()}
 
-    for line in _LANDMARKS.strip().split("\n"):
-        for side, other in (("left", "right"), ("right", "left"))[:2 if line[0] == "S" else 1]:
-            rule = re.sub(r"\bO\b", other, re.sub(r"(?<![A-Z])S(?=_|\b)", side, line))
+    for entry in re.split(r"[;\n] *", _LANDMARKS.strip()):
+        for side, other in (("left", "right"), ("right", "left"))[:2 if entry[0] == "S" else 1]:
+            rule = re.sub(r"\bO\b", other, re.sub(r"(?<![A-Z])S(?=_|\b)", side, entry))
             name, rest, exact = re.fullmatch(r"(\w+): (.+?)(?: = (.+))?", rule).groups()
             needs, _, bars = rest.partition(" - ")
             yield (name, [words(need) for need in needs.split(" + ")], words(bars),
@@ -249,6 +241,7 @@ _HEADER = re.compile(
     r"^[ \t]*([A-Z]{2}[A-Z0-9 ()/,&-]*|(?:Findings?|Impression|Conclusion|Indication|Comparison|"
     r"Technique|History|Exam(?:ination)?)):(?=\s|$)|\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)"
     r"[ \t]*:", re.M)
+_BLANK_LINE = r"\n[ \t]*\n"
 
 
 @functools.lru_cache(2 ** 12)
@@ -271,22 +264,24 @@ def sections(report):
     """{section: text} of one report; the last of several sections of one name counts.
 
     A report with headers but neither findings nor impression gets `last_paragraph`: what follows
-    the first blank line of its last section. Plain text without any header is all `findings`.
+    the first blank line of its last section, or of FINAL REPORT if that is the only header. Plain
+    text without any header is all `findings`.
     """
-    report = re.split(r"^[ \t]*_{5,}[ \t]*$", report, flags=re.M)[-1]  # addenda stand on top
+    parts = re.split(r"^[ \t]*_{5,}[ \t]*$", report, flags=re.M)
+    report = next((part for part in reversed(parts) if part.strip()), "")  # addenda stand on top
     marks = [m for m in _HEADER.finditer(report) if _section_name(m[1] or m[2])]
     if not marks:
         final = re.match(r"\s*FINAL REPORT[ \t]*\n", report)
         body = report[final.end():] if final else report
-        later = re.split(r"\n[ \t]*\n", body, maxsplit=1)[1:] if final else []
+        later = re.split(_BLANK_LINE, body, maxsplit=1)[1:] if final else []
         return {"last_paragraph": later[0]} if later else {"findings": body}
     found = {}
     for mark, end in zip(marks, [m.start() for m in marks[1:]] + [len(report)]):
         if report[mark.end():end].strip():
             found[_section_name(mark[1] or mark[2])] = report[mark.end():end]
     if not {"findings", "impression"} & set(found):
-        last = re.split(r"\n[ \t]*\n", report[marks[-1].end():], maxsplit=1)[1:]
-        found["last_paragraph"] = last[0] if last else ""
+        later = re.split(_BLANK_LINE, report[marks[-1].end():], maxsplit=1)[1:]
+        found["last_paragraph"] = later[0] if later else ""
     return found
 
 
@@ -296,47 +291,34 @@ def sentences(report):
     text = "\n\n".join(parts[name] for name in ("findings", "impression") if name in parts)
     text = text or parts.get("last_paragraph", "")
     # MIMIC wraps lines, so only a blank line ends a sentence; "2) Small effusion" is numbered
-    found = re.split(r"\n[ \t]*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
+    found = re.split(_BLANK_LINE + r"|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
     return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(s.split())) for s in found
             if re.search(r"[A-Za-z]{3}", s)]
 
 
 # ------------------------------------------------------------------------------------------------
-# Words: their base forms, and what they mean to the rules
+# Words: what they mean to the rules. In these tables ; ends an entry, name: other words for it
+
+def _entries(table):
+    """[(name, [its other words])]"""
+    rows = [" ".join(entry.split()).partition(": ") for entry in table.split(";")]
+    return [(name, words.split(", ") if words else []) for name, _, words in rows]
+
 
 _EXCLUDED = set("""none unchanged change great similar large small moderate mild median decrease bad
 more constant worsen new improve status position sternotomy cabg replacement postoperative
 assessment patient""".split())
-_LEMMAS = {word: lemma for lemma, *words in (re.split("[:,] ?", line) for line in """\
-enlarge: enlargement, increase
-engorgement: engorge
-opacity: opacification, opacity-
-calcification: calcify
-effusion: effusion ;
-atelectasis: atelectatic, atelectasis ;, atelectase
-aerate: aeration
-distention: distend, distension
-widen: wide
-prominence: prominent
-haziness: haze
-mass: masse
-kyphosis: kyphotic
-degenerative: degenerate
-obscure: obscuration
-fibrosis: fibrotic
-nodule: nodular, nodularity
-ventilation: ventilate
-tortuous: tortuosity
-elongation: elongate
-elevation: elevate
-drainage: drain
-deviation: deviate
-consolidation: consolidative, consolidate
-dilation: dilate, dilatation
-pneumothorax: hydropneumothorax, pneumothoraces, pneumothorace
-improve: improvement
-pacemaker: pacer
-pneumonia: infection, infectious, infectious process""".split("\n")) for word in words}
+_LEMMAS = {word: name for name, words in _entries("""
+enlarge: enlargement, increase; engorgement: engorge; opacity: opacification, opacity-;
+calcification: calcify; atelectasis: atelectatic, atelectase; aerate: aeration;
+distention: distend, distension; widen: wide; prominence: prominent; haziness: haze; mass: masse;
+kyphosis: kyphotic; degenerative: degenerate; obscure: obscuration; fibrosis: fibrotic;
+nodule: nodular, nodularity; ventilation: ventilate; tortuous: tortuosity; elongation: elongate;
+elevation: elevate; drainage: drain; deviation: deviate; consolidation: consolidative, consolidate;
+dilation: dilate, dilatation; pneumothorax: hydropneumothorax, pneumothoraces, pneumothorace;
+improve: improvement; pacemaker: pacer; pneumonia: infection, infectious, infectious process
+""") for word in words}
+_LEMMAS.update({"effusion ;": "effusion", "atelectasis ;": "atelectasis"})  # tokens of RadGraph
 _CONCEPTS = {*PATHOLOGIES, *_EXCLUDED, *_LEMMAS}
 
 
@@ -360,156 +342,151 @@ def lemma(token):
 
 
 def _bucket(concept):
-    if concept in PATHOLOGIES:
+    if concept in DEFINITIONS:
         return concept
     return "excluded_obs" if concept in _EXCLUDED else "tail_abnorm_obs"
 
 
-# concept @home: other words for it. Without a place in the sentence the concept is at its home;
-# with ! it always is, and only the side of the pleura comes from the sentence. ~ marks a concept
-# that says nothing unless a place goes with it, - one that is never said by its own name alone.
+# @home is where a finding is when the sentence gives no place; with ! it always is there, and the
+# sentence adds the side of the pleura at most. ~ marks a finding that says nothing unless a place
+# goes with it, - one that is never said by its own name alone.
 _FINDINGS = """
-~normal: within normal limits, within limits of normal, negative
-~stable: unchanged
-effusion @pleural!: pleural fluid, hemothorax, hydrothorax
-opacity: opacified
-pneumothorax: pleural air collection
-edema @pulmonary: oedema
-tube: tubing
-abnormality: abnormal
-~enlarge: enlargement, increased in size
+~normal: within normal limits, within limits of normal, negative; ~clear; ~sharp; ~sharply;
+~unremarkable; ~intact; ~stable: unchanged; ~finding; ~borderline; ~deformity; ~expand; ~widen;
+~enlarge: enlargement, increased in size; ~prominence: increased, accentuated; ~obscure;
+~distention; ~dilation; fluid; drainage; pressure; process; tip; line; lead; disease; picc; clip;
+wire; marking; density; mass; lesion; hernia; stent; aspiration; bronchiectasis; atelectasis;
+consolidation; fracture; nodule; scar; collapse; aerate; fibrosis; tube: tubing;
+effusion @pleural!: pleural fluid, hemothorax, hydrothorax;
+pneumothorax: pleural air collection; -air: free air, free intraperitoneal air,
+  subdiaphragmatic air, pneumoperitoneum;
+opacity: opacified; infiltrate: infiltration; haziness: hazy; calcification: calcific;
+edema @pulmonary: oedema; engorgement @pulmonary; redistribution @pulmonary; crowd @pulmonary;
+congestion @pulmonary: congestive change, pulmonary venous hypertension, cephalization;
+chf @heart!: congestive heart failure, heart failure;
+cardiomegaly @heart!: cardiac enlargement, large heart, heart is large, heart is mildly large,
+  heart is moderately large, heart is slightly large, heart size remain slightly large;
+-upper limit @heart!: upper limits of normal, upper limit of normal, upper limits normal;
+pericardial effusion @heart!: pericardial fluid;
 -low @volume!: low lung volume, low volume, decreased lung volume, reduced lung volume,
   volume are low, small lung volume, hypoinflation, hypoinflated, hypoventilation, hypoventilatory,
-  hypoaeration, hypoexpanded, hypoexpansion, underinflated, poor inspiration, shallow inspiration
-pneumonia: bronchopneumonia, pneumonitis, infection, infectious process
-old infection: granulomatous infection, granulomatous disease, histoplasmosis
-congestion @pulmonary: congestive change, pulmonary venous hypertension, cephalization
-catheter: port, portacath, mediport
-cardiomegaly @heart!: cardiac enlargement, large heart, heart is large, heart is mildly large,
-  heart is moderately large, heart is slightly large, heart size remain slightly large
--air: free air, free intraperitoneal air, subdiaphragmatic air, pneumoperitoneum
-tortuous @aorta: ectatic, ectasia, unfolding
-calcification: calcific
-~prominence: increased, accentuated
-device: generator, defibrillator, icd, aicd
-elevation @diaphragm: eventration
-degenerative @spine: degeneration, spondylosis, osteophyte, spurring
-pacemaker: pacer
-thicken @pleural: pleural cap, pleural capping
-hyperinflate @volume!: hyperinflation, hyperexpanded, hyperexpansion, hyperaerated, hyperaeration
--loss: volume loss, loss of volume
-emphysema: emphysematous
-infiltrate: infiltration
-shift @mediastinal: deviation, deviated
-hardware: fusion
-chf @heart!: congestive heart failure, heart failure
-granuloma: granulomata
-haziness: hazy
-atherosclerosis @aorta: atherosclerotic
-scoliosis @spine: dextroscoliosis, levoscoliosis
-pericardial effusion @heart!: pericardial fluid
-subcutaneous emphysema: soft tissue emphysema
-adenopathy: lymphadenopathy
-copd @lung: chronic obstructive pulmonary disease
-cavitation: cavitary, cavity
-osteopenia: demineralization
--upper limit @heart!: upper limits of normal, upper limit of normal, upper limits normal
-"""
-_PLAIN = """~clear ~sharp ~sharply ~unremarkable ~intact ~deformity ~finding ~borderline ~expand
-~widen ~obscure ~distention ~dilation fluid drainage pressure process tip line lead disease picc
-clip wire marking density mass lesion hernia stent aspiration bronchiectasis atelectasis
-consolidation fracture nodule scar collapse aerate fibrosis kyphosis@spine blunt@costophrenic
-redistribution@pulmonary engorgement@pulmonary crowd@pulmonary"""
-_ANATOMY = {  # slot of a Place: name [= other words for it]
-    "side": "left right both=bilateral=bilaterally",
-    "level": "upper mid=middle=midlung lower=base=basilar=basal bases=bibasilar=bibasal "
-             "apical=apex apices=biapical lingula=lingular",
-    "organ": "lobe lung=hemithorax volume pleural=pleura costophrenic diaphragm=hemidiaphragm "
-             "hilar=hilum=hila=suprahilar=infrahilar perihilar heart=cardiac border cardiophrenic "
-             "mediastinal=mediastinum=paratracheal cardiomediastinal trachea=tracheal=endotracheal="
-             "carina retrocardiac cardiopulmonary spine=vertebra=vertebrae=vertebral=thoracolumbar "
-             "clavicle rib stomach=gastric atrium=atrial ventricle=ventricular aorta=aortic "
-             "svc=superior_vena_cava cavoatrial_junction interstitial=interstitium parenchymal "
-             "pulmonary=vascular=vascularity=vasculature=vessel=bronchovascular artery "
-             "thorax=chest bone=bony=osseous=skeletal=shoulder=humerus=sternum soft_tissue abdomen "
-             "breast neck"}
-# What a word does to the findings around it. deny, doubt: for those that follow. denied, doubted:
-# for those before it, or that follow if there are none. keep: looks like a denial and is none.
+  hypoaeration, hypoexpanded, hypoexpansion, underinflated, poor inspiration, shallow inspiration;
+hyperinflate @volume!: hyperinflation, hyperexpanded, hyperexpansion, hyperaerated, hyperaeration;
+-loss: volume loss, loss of volume; emphysema: emphysematous;
+copd @lung: chronic obstructive pulmonary disease; cavitation: cavitary, cavity;
+pneumonia: bronchopneumonia, pneumonitis, infection, infectious process; granuloma: granulomata;
+old infection: granulomatous infection, granulomatous disease, histoplasmosis;
+adenopathy: lymphadenopathy; blunt @costophrenic; thicken @pleural: pleural cap, pleural capping;
+elevation @diaphragm: eventration; shift @mediastinal: deviation, deviated;
+tortuous @aorta: ectatic, ectasia, unfolding; atherosclerosis @aorta: atherosclerotic;
+kyphosis @spine; scoliosis @spine: dextroscoliosis, levoscoliosis; osteopenia: demineralization;
+degenerative @spine: degeneration, spondylosis, osteophyte, spurring; abnormality: abnormal;
+device: generator, defibrillator, icd, aicd; catheter: port, portacath, mediport;
+pacemaker: pacer; hardware: fusion; subcutaneous emphysema: soft tissue emphysema"""
+_ANATOMY = {  # by the slot of a Place
+    "side": "left; right; both: bilateral, bilaterally",
+    "level": """upper; mid: middle, midlung; lower: base, basilar, basal; bases: bibasilar, bibasal;
+        apical: apex; apices: biapical; lingula: lingular""",
+    "organs": """lobe; lung: hemithorax; volume; pleural: pleura; costophrenic; cardiophrenic;
+        diaphragm: hemidiaphragm; hilar: hilum, hila, suprahilar, infrahilar; perihilar;
+        heart: cardiac; border; mediastinal: mediastinum, paratracheal; cardiomediastinal;
+        trachea: tracheal, endotracheal, carina; retrocardiac; cardiopulmonary;
+        spine: vertebra, vertebrae, vertebral, thoracolumbar; clavicle; rib; stomach: gastric;
+        atrium: atrial; ventricle: ventricular; aorta: aortic; svc: superior vena cava;
+        cavoatrial junction; interstitial: interstitium; parenchymal; artery;
+        pulmonary: vascular, vascularity, vasculature, vessel, bronchovascular; thorax: chest;
+        bone: bony, osseous, skeletal, shoulder, humerus, sternum; soft tissue; abdomen; breast;
+        neck"""}
+# What other words do to the findings around them. deny, doubt: to those that follow. denied,
+# doubted: to those before, or to those that follow if there are none. keep: looks like a denial and
+# is none. split: ends the clause. reset: a new statement begins. The rest tells what may stand
+# between a finding and its place.
 _TRIGGERS = """
 deny: no, without, negative for, free of, clear of, absence of, lack of, resolution of, clearing of,
-  rather than, nor, neither, removal of
-denied: not, none, no longer, resolved, cleared, absent, been removed, ruled out
-keep: increase, no change, no significant change, no interval change,
-  no significant interval change, no appreciable change, without change, no increase, no decrease,
-  without significant change,
-  not changed, not significantly changed, not only, not well, not as well, not clearly, if any
+  rather than, nor, neither, removal of;
+denied: not, none, no longer, resolved, cleared, absent, been removed, ruled out;
+keep: increase, no change, no significant change, no interval change, without change, not well,
+  no significant interval change, no appreciable change, no increase, no decrease, not changed,
+  without significant change, not significantly changed, not only, not as well, not clearly, if any;
 doubt: may, might, could, possible, possibly, potentially, possibility, questionable, question,
   suspicious, suspicion, suspect, concern, concerning, worrisome, suggest, suggesting, suggestive,
   differential, etiology, consider, consideration, whether, unclear, if, favored, rule out, exclude,
   cannot exclude, cannot rule out, not exclude, to exclude, evaluate, evaluation, correlate,
-  correlation, recommend, recommended, history of, previously, clinical setting
+  correlation, recommend, recommended, history of, previously, clinical setting;
 doubted: not excluded, excluded, not be excluded, cannot be excluded, cannot be ruled out,
   not be ruled out, difficult to exclude, suspected, questioned, is possible, are possible,
-  also possible, is a possibility, another consideration, a consideration, may not be
-split: but, however, although, though, while, whereas, except, aside from, other than
-reset: there is, there are, there has, there have, which, who
-join: and, or, versus, vs, greater than, more than, larger than, worse than
+  also possible, is a possibility, another consideration, a consideration, may not be;
+split: but, however, although, though, while, whereas, except, aside from, other than;
+reset: there is, there are, there has, there have, which, who;
+join: and, or, versus, vs, greater than, more than, larger than, worse than;
 prep: in, at, of, within, involving, overlying, over, along, near, throughout, to, through, from,
-  around, projecting, about, on, for, into, above, below, behind, across, under, beneath, with
+  around, projecting, about, on, for, into, above, below, behind, across, under, beneath, with;
 verb: is, are, was, were, be, been, has, have, appear, remain, seen, noted, identified, present,
   demonstrate, demonstrated, show, visualized, persist, represent, representing, reflect,
-  reflecting, compatible, consistent, due, secondary, indicating
+  reflecting, compatible, consistent, due, secondary, indicating;
 glue: the, aspect, portion, side, sided, region, zone, field, lateral, medial, anterior, posterior,
   peripheral, inferior, superior, distal, proximal, angle, sulcus, sulci, recess, size, silhouette,
-  contour, structure, shadow, based, limited,
-  leading
-"""
+  contour, structure, shadow, based, limited, leading"""
 # A comma or "and" before one of these ends a denial: "no effusion, mild cardiomegaly"
 _FRESH = set("small tiny trace mild mildly minimal moderate moderately stable unchanged persistent "
              "chronic old healed again there low tortuous degenerative improved".split())
 _HEALTHY = set(PATHOLOGIES[:8])
+# places that say too little to stand beside a side, a level or another organ
 _WEAK = {"pulmonary", "interstitial", "parenchymal", "thorax", "retrocardiac", "trachea"}
+# before a second finding: it is on the same side as the first, in another organ
+_NEXT_TO = {"adjacent", "associated", "underlying", "compressive", "overlying"}
 # (concept, organ, existence) of what was read -> the triplet that it says in other words
-_IMPLIED = {("sharp", "costophrenic", 1): ("blunt", "costophrenic_unspec", 0)}
-for _organ in ("heart", "cardiomediastinal"):
-    for _word, _read, _means in (("normal", 1, 0), ("unremarkable", 1, 0), ("enlarge", 1, 1),
-                                 ("enlarge", 0, 0), ("borderline", 1, 1)):
-        _IMPLIED[_word, _organ, _read] = ("cardiomegaly", "heart_size", _means)
-for _word in ("engorgement", "prominence", "enlarge", "redistribution", "distention"):
-    for _read in (0, 1):
-        _IMPLIED[_word, "pulmonary", _read] = ("congestion", "pulmonary", _read)
-
-_LEXICON, _HOME, _NEEDS_PLACE = {}, {}, set()  # _LEXICON: tuple of words -> (kind, value)
+_IMPLIED = {
+    ("sharp", "costophrenic", 1): ("blunt", "costophrenic_unspec", 0),
+    **{(word, organ, read): ("cardiomegaly", "heart_size", means)
+       for organ in ("heart", "cardiomediastinal")
+       for word, read, means in (("normal", 1, 0), ("unremarkable", 1, 0), ("enlarge", 0, 0),
+                                 ("enlarge", 1, 1), ("borderline", 1, 1))},
+    **{(word, "pulmonary", read): ("congestion", "pulmonary", read) for read in (0, 1)
+       for word in ("engorgement", "prominence", "enlarge", "redistribution", "distention")}}
 
 
-def _fill_lexicon():
-    def rows(table):
-        return [(key, [tuple(phrase.split()) for phrase in words.split(",")])
-                for key, words in re.findall(r"^(\S.*?): ((?:.|\n )+)$", table, re.M)]
+def _read_tables():
+    """The lexicon {tuple of words: (kind, value)}, the homes of findings, and what ! and ~ mark."""
+    lexicon, homes, fixed, needs_place = {}, {}, set(), set()
 
-    for key, phrases in rows(_FINDINGS) + [(word, []) for word in _PLAIN.split()]:
-        concept, _, home = key.replace(" @", "@").lstrip("~-").partition("@")
-        _HOME[concept] = home
-        if key[0] == "~":
-            _NEEDS_PLACE.add(concept)
-        for phrase in phrases + [tuple(concept.split())] * (key[0] != "-"):
-            _LEXICON[phrase] = ("find", concept)
-    for slot, names in _ANATOMY.items():
-        for name, *others in (group.split("=") for group in names.split()):
-            for word in [name] + others:
-                _LEXICON[tuple(word.split("_"))] = ("place", (slot, name.replace("_", " ")))
-    for kind, phrases in rows(_TRIGGERS):
-        _LEXICON.update((phrase, (kind, "")) for phrase in phrases)
+    def add(phrases, kind, value=""):
+        lexicon.update((tuple(phrase.split()), (kind, value)) for phrase in phrases)
+
+    add(",:()", "comma")
+    add("/", "join")
+    add(";", "split")
+    for entry, words in _entries(_FINDINGS):
+        mark, name, home, always = re.fullmatch(r"([~-]?)(.+?)(?: @(\w+)(!?))?", entry).groups()
+        homes[name] = home or ""
+        if always:
+            fixed.add(name)
+        if mark == "~":
+            needs_place.add(name)
+        add(words if mark == "-" else [name] + words, "find", name)
+    for slot, table in _ANATOMY.items():
+        for name, words in _entries(table):
+            add([name] + words, "place", (slot, name))
+    for kind, words in _entries(_TRIGGERS):
+        add(words, kind)
+    return lexicon, homes, fixed, needs_place
 
 
-_fill_lexicon()
+_LEXICON, _HOME, _FIXED, _NEEDS_PLACE = _read_tables()
 _WORDS = {word for phrase in _LEXICON for word in phrase}
 _STARTS = collections.defaultdict(list)  # first word -> its phrases, longest first
 for _phrase in sorted(_LEXICON, key=len, reverse=True):
     _STARTS[_phrase[0]].append(_phrase)
 
 # ------------------------------------------------------------------------------------------------
-# Rules: from a sentence to triplets
+# Rules: from a sentence to triplets, in five steps. "No effusion, mild scarring in the left base."
+#
+#   _scan          deny, find effusion, comma, word mild, find scar, prep in, glue the, place left,
+#                  place lower
+#   _merge_places  the last two become one Place(left, lower)
+#   _existence     effusion 0; the comma before "mild" ends the denial, so scar 1
+#   _own_places    scar is at that place; effusion has none, so it stays at its home, the pleura
+#   _landmarks     (effusion, pleural_unspec, 0) and (scar, left_lower_lung, 1)
 
 Item = collections.namedtuple("Item", "kind value word")
 Place = collections.namedtuple("Place", "side level organs", defaults=("", "", ()))
@@ -528,52 +505,39 @@ def _scan(sentence):
     words = [_base(word) for word in re.findall(r"[a-z]+|[,;:()/]", text)]
     items, i = [], 0
     while i < len(words):
-        for phrase in _STARTS.get(words[i], ()):
-            if tuple(words[i:i + len(phrase)]) == phrase:
-                items.append(Item(*_LEXICON[phrase], " ".join(phrase)))
-                i += len(phrase)
-                break
-        else:
-            kind = {";": "split", "/": "join"}.get(words[i], "word")
-            kind = "comma" if words[i] in ",:()" else kind
-            items.append(Item(kind, "", words[i]))
-            i += 1
+        phrase = next((phrase for phrase in _STARTS.get(words[i], ())
+                       if phrase == tuple(words[i:i + len(phrase)])), (words[i],))
+        items.append(Item(*_LEXICON.get(phrase, ("word", "")), " ".join(phrase)))
+        i += len(phrase)
     return items
 
 
 def _merge_places(items):
     """Runs of anatomy words become one item: "base of the left lung" -> Place(left, lower, lung)"""
-    merged, i = [], 0
-    while i < len(items):
-        if items[i].kind != "place":
-            merged.append(items[i])
-            i += 1
-            continue
-        place, end = Place(), i
-        for j in range(i, len(items)):
-            kind, value, word = items[j]
-            if kind == "place":
-                slot, name = value
-                if slot == "organ":
-                    place = place._replace(organs=place.organs + (name,))
-                elif getattr(place, slot) in ("", name):
-                    place = place._replace(**{slot: name})
-                else:
-                    break  # a second side or level opens the next place
-                end = j
-            elif kind not in ("glue", "word") and word not in ("of", "on"):
-                break
-        merged.append(Item("place", place, ""))
-        i = end + 1
+    merged, at = [], None  # at: where the place lies that the next anatomy word may add to
+    for item in items:
+        if item.kind == "place":
+            slot, name = item.value
+            place = Place() if at is None else merged[at].value
+            if slot != "organs" and getattr(place, slot) not in ("", name):
+                place, at = Place(), None  # a second side or level opens the next place
+            if at is None:
+                at = len(merged)
+            new = place.organs + (name,) if slot == "organs" else name
+            merged[at:] = [Item("place", place._replace(**{slot: new}), "")]
+        else:
+            if item.kind not in ("glue", "word") and item.word not in ("of", "on"):
+                at = None
+            merged.append(item)
     return merged
 
 
 def _existence(items):
     """{index of a finding: 1 present, 0 denied, -1 in doubt} within one clause."""
-    values, mode = {}, 1
-    subject = []     # the findings that a later "has resolved" is about
-    closed = False   # their verb has been seen, so "and" opens a new statement
-    joined = False   # a comma or "and" came after the last trigger or finding
+    values, mode = {}, 1   # mode: what the last trigger says of the findings to come
+    subject = []           # the findings that a later "has resolved" is about
+    closed = False         # their verb has been seen, so "and" opens a new statement
+    joined = False         # a comma or "and" came after the last trigger or finding
     for i, (kind, value, word) in enumerate(items):
         if kind == "find":
             if value in _HEALTHY and mode == 0 and joined:
@@ -583,22 +547,22 @@ def _existence(items):
             values[i] = mode
             subject.append(i)
             closed = joined = False
-        elif kind in ("deny", "doubt", "denied", "doubted"):
-            new = 0 if kind in ("deny", "denied") else -1
-            ahead = any(item.kind == "find" for item in items[i:])
-            if kind in ("denied", "doubted") and subject and not (word == "not" and ahead):
-                values.update((f, new) for f in subject)
-                closed = True
-            else:
-                mode, joined = new, False
+        elif kind in ("denied", "doubted") and subject and not (
+                word == "not" and any(item.kind == "find" for item in items[i:])):
+            # "[effusion] has resolved", but "nodule that is not calcified"
+            values.update((f, 0 if kind == "denied" else -1) for f in subject)
+            closed = True
+        elif kind in ("deny", "denied", "doubt", "doubted"):
+            mode, joined = 0 if kind in ("deny", "denied") else -1, False
         elif kind == "reset":
             mode, subject, closed = 1, [], False
         elif kind == "verb":
-            closed = closed or bool(subject)
+            closed = bool(subject)
         elif kind in ("comma", "join") or word == "with":
             joined = True
             after = next((item.word for item in items[i + 1:] if item.word in _FRESH or
                           item.kind in ("find", "verb", "comma", "join")), "")
+            # "no edema, small effusion or mass" denies all three: the list ends at its "or"
             listed = mode == 0 and any(item.word in ("or", "nor") for item in items[i:])
             if not listed and (closed and word not in ("or", "with")
                                or mode == 0 and after in _FRESH):
@@ -606,13 +570,16 @@ def _existence(items):
     return values
 
 
+def _is_somewhere(place):
+    return bool(place.side or place.level or set(place.organs) - _WEAK)
+
+
 def _own_places(items, finds):
     """{finding: [Place]}: what stands right before it, else behind it, else the open subject."""
     free = {i for i, item in enumerate(items) if item.kind == "place"}
     own = {f: [] for f in finds}
-    # a concept with a fixed home takes no place away from others, except for the side of the pleura
-    finds = [f for f in finds if not _HOME[items[f].value].endswith("!")
-             or _HOME[items[f].value] == "pleural!"]
+    # a finding with a fixed home takes no place away from others, but for the side of the pleura
+    finds = [f for f in finds if items[f].value not in _FIXED or _HOME[items[f].value] == "pleural"]
 
     def take(f, found):
         own[f] += [items[j].value for j in found]
@@ -630,23 +597,22 @@ def _own_places(items, finds):
         end = next((g for g in own if g > f), len(items))
         placed = any(_is_somewhere(p._replace(side="")) for p in own[f])
         if placed and any(p.side for p in own[f]):
-            continue
-        found, link = [], []
+            continue  # nothing to add
+        found, link = [], set()  # link: kinds between the last place and this one
         for j in range(f + 1, end):
             if j not in free:
-                link.append(items[j].kind)
+                link.add(items[j].kind)
                 continue
-            listed = "comma" in link or "join" in link
-            if "prep" not in link and (
-                    listed and (end < len(items) or any(item.kind == "verb" for item in items[j:]))
-                    or not listed and "verb" in link):
-                break  # the subject of what comes next
-            if found and not set(link) <= {"comma", "join", "glue", "prep"}:
-                break
+            listed = link & {"comma", "join"}
+            more = end < len(items) or any(item.kind == "verb" for item in items[j:])
+            if "prep" not in link and (more if listed else "verb" in link):
+                break  # the subject of what comes next: "[opacity] is seen, heart size ..."
+            if found and not link <= {"comma", "join", "glue", "prep"}:
+                break  # the list of places has ended
             if placed and (items[j].value[1:] != ("", ()) or "prep" not in link):
                 break  # only a side can still be added: "basilar [opacity] on the left"
             found.append(j)
-            link = []
+            link = set()
         if placed and found:
             own[f] = [p._replace(side=items[found[0]].value.side) for p in own[f]]
             free.difference_update(found)
@@ -660,34 +626,25 @@ def _own_places(items, finds):
     return own
 
 
-def _is_somewhere(place):
-    return bool(place.side or place.level or set(place.organs) - _WEAK)
-
-
-def _share_places(items, finds, values, own):
+def _share_places(items, values, own):
     """Neighbours in a list share a place: "atelectasis or scar in the left base"."""
-    concept = {f: items[f].value for f in finds}
+    concept = {f: items[f].value for f in own}
 
     def homeless(f):
         return (not _HOME[concept[f]] and concept[f] not in _NEEDS_PLACE
                 and not any(map(_is_somewhere, own[f])))
 
-    def between(a, b):
-        return {item.kind for item in items[a + 1:b]}, {item.word for item in items[a + 1:b]}
-
-    pairs = list(zip(finds, finds[1:]))
-    for a, b in reversed(pairs):  # "calcified [nodule in the left base]"
-        kinds = between(a, b)[0]
+    pairs = [(a, b, {item.kind for item in items[a + 1:b]}) for a, b in zip(own, list(own)[1:])]
+    for a, b, kinds in reversed(pairs):  # "calcified [nodule in the left base]"
         listed = (kinds & {"join", "comma"} and values[a] == values[b]
-                  and not _HOME[concept[b]].endswith("!"))
+                  and concept[b] not in _FIXED)
         if homeless(a) and own[b] and (listed or not kinds & {"verb", "comma", "prep", "join"}):
             own[a] = own[b]
-    for a, b in pairs:
-        kinds, words = between(a, b)
-        if homeless(b) and own[a] and values[b]:
-            if words & {"adjacent", "associated", "underlying", "compressive", "overlying"}:
+    for a, b, kinds in pairs:
+        if homeless(b) and own[a] and values[b]:  # what is denied is denied everywhere
+            if _NEXT_TO & {item.word for item in items[a + 1:b]}:
                 own[b] = [p._replace(organs=()) for p in own[a]]  # "left effusion, adjacent [...]"
-            elif not _HOME[concept[a]].endswith("!"):
+            elif concept[a] not in _FIXED:
                 own[b] = own[a]
         elif (not own[b] and {concept[a], concept[b]} <= _NEEDS_PLACE
               and kinds <= {"join", "comma", "word", "glue", "verb"}):
@@ -696,7 +653,7 @@ def _share_places(items, finds, values, own):
 
 def _complete(places):
     """Fill what a list leaves out: "left and right lower lobes", "right middle and lower lobes"."""
-    places = list(places)
+    places = list(places)  # neighbours share the list
     for i in range(len(places) - 2, -1, -1):
         here, after = places[i], places[i + 1]
         if not here.organs and (not here.level or set(after.organs) <= {"lobe", "lung"}):
@@ -712,48 +669,48 @@ def _complete(places):
 def _landmarks(place, home):
     """The landmarks of one Place; both sides are also the joint landmark, such as lung_bases."""
     side, level, organs = place
-    if home.endswith("!"):
-        level, organs = "", (home[:-1],)
     if level == "lingula":
         return ["upper_left_lobe"]
     if level in ("bases", "apices"):
         side, level = side or "both", {"bases": "lower", "apices": "apical"}[level]
-    if level or side and organs != ("retrocardiac",):
+    if level or side and organs != ("retrocardiac",):  # "left retrocardiac": behind the heart
         organs = tuple(organ for organ in organs if organ not in _WEAK)
     if not organs:
         organs = (home,) if home and not level else ("lung",)
     if level == "mid" and side != "right":  # only the right lung has a middle lobe
         organs = tuple("lung" if organ == "lobe" else organ for organ in organs)
     words = organs + (level,) * bool(level)
-    names = [landmark("|".join(words + (one,))) for one in
-             {"": [], "both": ["left", "right"]}.get(side, [side])]
-    if side in ("", "both"):
-        joint = {"apical": "biapical", "upper": "lungs|upper"}.get(level, "")
-        joint = landmark(joint if joint and "lung" in organs else "|".join(words))
+    sides = {"": [], "both": ["left", "right"]}.get(side, [side])
+    names = [landmark("|".join(words + (one,))) for one in sides]
+    if len(sides) != 1:
+        zone = {"apical": "biapical", "upper": "lungs|upper"}.get(level)
+        joint = landmark(zone if zone and "lung" in organs else "|".join(words))
+        # around both hila is one place, as published
         names = [joint] if joint == "hilar_unspec" else names + [joint]
     return [name for name in names if name != "other"] or ["other"]
 
 
 def _read_clause(items):
+    """Yield the (concept, landmark, existence) of the findings between two "but" or semicolons."""
     finds = [i for i, item in enumerate(items) if item.kind == "find"]
     values = _existence(items)
     own = _own_places(items, finds)
-    _share_places(items, finds, values, own)
+    _share_places(items, values, own)
     for f, after in zip(finds, finds[1:] + [None]):
-        concept, home, value = items[f].value, _HOME[items[f].value], values[f]
-        link = {item.kind for item in items[f + 1:after]} if after else {"end"}
-        if link <= {"word", "glue", "place"}:
+        concept, value = items[f].value, values[f]
+        if after and {item.kind for item in items[f + 1:after]} <= {"word", "glue", "place"}:
             # an adjective of another finding is none itself, as RadGraph's `modify` has it
             noun = items[after].value
             if (concept in _NEEDS_PLACE and noun not in _NEEDS_PLACE
                     or concept == "nodule" and noun in ("opacity", "density", "infiltrate")
                     or (concept, noun) == ("calcification", "granuloma")):
                 continue
-        if not own[f] and not (concept in _NEEDS_PLACE and (concept, value) != ("finding", 0)):
-            yield concept, landmark(home.rstrip("!")) if home else "unspecified", value
-            if (concept, home, value) in _IMPLIED:
-                yield _IMPLIED[concept, home, value]
-        for place in _complete(own[f]):
+        if not own[f] and concept in _NEEDS_PLACE and (concept, value) != ("finding", 0):
+            continue
+        home = _HOME[concept]
+        for place in _complete(own[f]) or [Place(organs=(home or "unspecified",))]:
+            if concept in _FIXED:
+                place = Place(place.side, "", (home,))
             for name in _landmarks(place, home):
                 yield concept, name, value
             for organ in place.organs:
@@ -764,13 +721,10 @@ def _read_clause(items):
 @functools.lru_cache(2 ** 16)  # reports repeat themselves: "No pneumothorax." is read once
 def _read_sentence(sentence):
     """((concept, landmark, existence), ...) of one sentence."""
-    triplets, clause = [], []
-    for item in _merge_places(_scan(sentence)) + [Item("split", "", "")]:
-        if item.kind != "split":
-            clause.append(item)
-        else:
-            triplets += _read_clause(clause)
-            clause = []
+    items, triplets = _merge_places(_scan(sentence)), []
+    for split, clause in itertools.groupby(items, lambda item: item.kind == "split"):
+        if not split:
+            triplets += _read_clause(list(clause))
     return tuple(dict.fromkeys(triplets))
 
 
@@ -808,6 +762,7 @@ def radgraph_triplets(graph, buckets=True):
     words = graph["text"].split()
     ends = [i for i, word in enumerate(words) if word in (".", "?", "!") and not
             (words[i - 1].isdigit() and words[i + 1:] and words[i + 1].isdigit())]  # 2 . 5 cm
+    bounds = [0] + [end + 1 for end in ends] + [None]
     keys = sorted((key for key in entities if kinds[key] is not None), key=int)
     sentence = {key: bisect.bisect_left(ends, entities[key]["start_ix"]) for key in keys}
     relations = {key: [(name, target) for name, target in entities[key]["relations"]
@@ -835,7 +790,7 @@ def radgraph_triplets(graph, buckets=True):
         s = sentence[key]
         names = [name for relation, target in relations[key] if relation == "located_at"
                  for name in landmarks[s, target]] if relations[key] else ["unspecified"]
-        said = " ".join(words[ends[s - 1] + 1 if s else 0:ends[s] + 1 if s < len(ends) else None])
+        said = " ".join(words[bounds[s]:bounds[s + 1]])
         triplets += [Triplet(_bucket(concept) if buckets else concept, name, kinds[key], said)
                      for name in names]
     return triplets
@@ -845,7 +800,7 @@ def read_radgraph(path, chunk=1 << 22):
     """Yield (key, graph) of a RadGraph file, one report at a time.
 
     MIMIC-CXR_graphs.json is one object of 220,763 reports; read in pieces of `chunk` characters, it
-    is never in memory as a whole. Raises InputError when the file is missing, cut off or no JSON.
+    is never in memory as a whole. Raises InputError when it is missing, cut off or another file.
     """
     decoder, opening = json.JSONDecoder(), re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*')
     try:
@@ -855,12 +810,15 @@ def read_radgraph(path, chunk=1 << 22):
                 try:
                     key = opening.match(text, at)
                     graph, at = decoder.raw_decode(text, key.end())
-                    yield json.loads(key[1]), graph
                 except (AttributeError, ValueError):  # the piece ends inside a report, or no JSON
                     more = file.read(chunk)
                     text, at = text[at:] + more, 0
                     if not more:
                         break
+                    continue
+                if not isinstance(graph, dict) or not {"entities", "labeler_1"} & graph.keys():
+                    raise InputError(f"{path} is not RadGraph's JSON: {key[1]} has no entities")
+                yield json.loads(key[1]), graph
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the RadGraph file {path}: {error}") from None
     if text.strip() not in ("}", "{}"):
@@ -922,14 +880,14 @@ def read_pathology_book(path):
     """
     try:
         with open(path, encoding="utf-8") as file:
-            sentences_ = list(json.load(file).values())
+            book = list(json.load(file).values())
+        if len(book) != len(PATHOLOGIES) or not all(isinstance(said, str) for said in book):
+            raise ValueError(f"it holds {len(book)} entries")
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a readable prompt book ({error}); it should be a JSON "
-                         "object of 75 name: sentence pairs") from None
-    if len(sentences_) != len(PATHOLOGIES) or not all(isinstance(s, str) for s in sentences_):
-        raise InputError(f"{path} holds {len(sentences_)} entries; the prompt book should hold "
-                         f"{len(PATHOLOGIES)} sentences, one a pathology in the published order")
-    return dict(zip(PATHOLOGIES, sentences_))
+                         f"object of {len(PATHOLOGIES)} name: sentence pairs, in the published "
+                         "order") from None
+    return dict(zip(PATHOLOGIES, book))
 
 
 def pathology_prompts(names, book=None):
@@ -1069,18 +1027,24 @@ def read_openi_xml(source):
 
 def read_openi(root):
     """Yield the reports under root: ecgen-radiology/*.xml, or NLMCXR_reports*.tgz as it came."""
-    names = sorted(glob.glob("ecgen-radiology/*.xml", root_dir=root) or
-                   glob.glob("*.xml", root_dir=root))
-    archives = sorted(glob.glob("NLMCXR_reports*.tgz", root_dir=root))
-    if not names and not archives:
+    folders, bare, archives = (
+        sorted(glob.glob(pattern, root_dir=root))
+        for pattern in ("ecgen-radiology/*.xml", "*.xml", "NLMCXR_reports*.tgz"))
+    names = folders or bare or archives
+    if not names:
         raise InputError(f"no ecgen-radiology/*.xml and no NLMCXR_reports*.tgz in {root}; get the "
                          "reports at https://openi.nlm.nih.gov/faq")
-    for name in names:
-        with open(os.path.join(root, name), "rb") as file:
-            yield read_openi_xml(file)
-    for archive in archives if not names else []:
-        with tarfile.open(os.path.join(root, archive)) as tar:
-            yield from (read_openi_xml(tar.extractfile(m)) for m in tar if m.name.endswith(".xml"))
+    for path in (os.path.join(root, name) for name in names):
+        try:
+            with open(path, "rb") as file:
+                if path.endswith(".xml"):
+                    yield read_openi_xml(file)
+                    continue
+                with tarfile.open(fileobj=file) as tar:
+                    yield from (read_openi_xml(tar.extractfile(member)) for member in tar
+                                if member.name.endswith(".xml"))
+        except (OSError, EOFError, zlib.error, tarfile.TarError, InputError) as error:
+            raise InputError(f"cannot read {path}: {error}") from None
 
 
 def _sides(names):
@@ -1181,7 +1145,7 @@ def main(args):
     found = ((radgraph_triplets(graph, buckets=False) for _, graph in read_radgraph(args.radgraph))
              if args.radgraph else (extract_triplets(r["report"], buckets=False) for r in records))
     reports, counts = 0, collections.Counter()
-    for triplets in tqdm(found, unit=" reports", mininterval=0.5):
+    for triplets in tqdm(found, unit=" reports", delay=0.5):
         reports += 1
         counts.update({(axis, t[axis], t.existence) for t in triplets for axis in (0, 1)})
     for axis, title in enumerate(("pathology", "anatomy")):

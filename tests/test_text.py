@@ -1,6 +1,10 @@
-"""Reports, RadGraph files and prompts against cases that can be checked with a pencil.
+"""What text.py reads is what a radiologist wrote: cases that can be checked with a pencil.
 
     python -m pytest tests/test_text.py
+
+Proved here: the vocabulary and its landmarks are the published ones; which parts of a report are
+read; sentences with all of their triplets; RadGraph's fixtures; matrices, query sets and prompts;
+the scores on real reports, where those are at hand; one line for each mistake of the user's.
 """
 import io
 import json
@@ -146,6 +150,7 @@ def test_without_findings_and_impression_the_paragraph_after_the_last_header_is_
 
 def test_addenda_plain_text_and_lines_of_structured_reports():
     assert sentences(" ADDENDUM  No edema.\n ______________\n FINDINGS: Edema.\n") == ["Edema."]
+    assert sentences(" FINDINGS: Edema.\n ______________\n \n") == ["Edema."]  # nothing below it
     assert sentences("1. No mass. 2) A 2.5 cm nodule.") == [
         "No mass.", "A 2.5 cm nodule."]
     assert sentences("Small effusion. No\npneumothorax.") == ["Small effusion.", "No pneumothorax."]
@@ -259,7 +264,19 @@ def test_sentences(sentence, said):
 
 def test_the_rules_know_every_pathology_of_the_vocabulary():
     assert set(PATHOLOGIES) - set(text._HOME) == {"free", "tail_abnorm_obs", "excluded_obs"}
-    assert all(landmark(home.rstrip("!")) in ANATOMIES[:49] for home in text._HOME.values() if home)
+    assert all(landmark(home) in ANATOMIES[:49] for home in text._HOME.values() if home)
+
+
+def test_the_steps_of_one_sentence():
+    """The worked example that stands above the rules."""
+    sentence = "No effusion, mild scarring in the left base."
+    items = text._merge_places(text._scan(sentence))
+    assert [(item.kind, item.value or item.word) for item in items] == [
+        ("deny", "no"), ("find", "effusion"), ("comma", ","), ("word", "mild"), ("find", "scar"),
+        ("prep", "in"), ("glue", "the"), ("place", text.Place("left", "lower", ()))]
+    assert text._existence(items) == {1: 0, 4: 1}
+    assert text._own_places(items, [1, 4]) == {1: [], 4: [text.Place("left", "lower", ())]}
+    assert read(sentence) == {("effusion", "pleural_unspec", 0), ("scar", "left_lower_lung", 1)}
 
 
 def test_names_outside_the_vocabulary_are_kept_on_request():
@@ -421,6 +438,10 @@ def test_a_radgraph_file_is_read_in_pieces(tmp_path):
     for broken in (json.dumps(graphs)[:-30], "<!DOCTYPE html>", "[1, 2]", ""):
         path.write_text(broken)
         with pytest.raises(InputError, match="cut off"):
+            list(read_radgraph(path))
+    for other in ({"a": 1}, {"a": {"text": "No edema ."}}):
+        path.write_text(json.dumps(other))
+        with pytest.raises(InputError, match='"a" has no entities'):
             list(read_radgraph(path))
     with pytest.raises(InputError, match="cannot read"):
         list(read_radgraph(tmp_path / "absent.json"))
@@ -585,6 +606,21 @@ def test_openi_is_read_from_a_folder_and_from_the_archive(tmp_path):
             read_openi_xml(bad)
     with pytest.raises(InputError, match="NLMCXR_reports"):
         list(read_openi(tmp_path))
+
+
+def test_a_damaged_openi_file_is_named(tmp_path):
+    folder = openi_folder(tmp_path / "ecgen-radiology")
+    with tarfile.open(tmp_path / "whole.tgz", "w:gz") as tar:
+        tar.add(folder, "ecgen-radiology")
+    (folder / "2.xml").write_text("<html>")
+    with pytest.raises(InputError, match="2.xml: not an Open-i report"):
+        list(read_openi(tmp_path))
+    archive = tmp_path / "cut" / "NLMCXR_reports.tgz"
+    archive.parent.mkdir()
+    for damaged in ((tmp_path / "whole.tgz").read_bytes()[:-40], b"<html>"):
+        archive.write_bytes(damaged)
+        with pytest.raises(InputError, match="cannot read .*NLMCXR_reports.tgz"):
+            list(read_openi(archive.parent))
 
 
 def test_scores_against_index_terms(tmp_path):
