@@ -77,11 +77,12 @@ def parse_args(argv=None):
     g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", help="if pretrained (out/ckpt.pt)")
     g.add_argument("--unfreeze", action="store_true", help="train the encoder along")
     g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"],
-                   help="if not (resnet50; synthetic and covid-chestxray: small)")
-    g.add_argument("--image-size", type=int, help="pixels a side (the checkpoint's)")
+                   help="if not pretrained (resnet50; synthetic and covid-chestxray: small)")
+    g.add_argument("--image-size", type=int, help="pixels a side (the checkpoint's; "
+                   "covid-chestxray: at least 128)")
     g.add_argument("--cache-features", action=argparse.BooleanOptionalAction,
                    help="frozen encoder: run it once, on images as they are, and keep what it says "
-                   "(default, while 4 GB hold it); no: augment the images, run it every step")
+                   "(default where 4 GB hold it); no: augment the images, run it every step")
     g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=int, help="paper: 100, segmentation 1000")
     g.add_argument("--min-steps", type=int, help="add epochs until there are so many steps")
@@ -116,8 +117,13 @@ def resolve(given):
     args = argparse.Namespace(**{**vars(args), **preset, "backbone": encoder.backbone,
                                  "image_size": size, **given})
     args.device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--device cuda, but PyTorch sees no GPU; leave --device out")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {args.device} is none that PyTorch can use here; leave it out")
+    for name in ("seed", "lr", "min_lr", "weight_decay", "warmup_epochs"):
+        if not getattr(args, name) >= 0:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")
     if not 0 < args.ratio <= 1:
         raise InputError(f"--ratio {args.ratio:g} is not in 0..1; the paper has 0.01, 0.1 and 1")
     if min(args.epochs, args.batch_size, args.seeds, args.bootstrap, args.image_size) < 1:
@@ -136,9 +142,9 @@ def resolve(given):
 def nested_subset(patients, present, ratio, seed):
     """Which images to learn from: those of a share of the patients, stratified; int64, ascending.
 
-    patients: N ids; present: bool [N,L]. The patients are put in an order that depends on the seed
-    alone, and the first ones are taken, so a smaller share lies within a larger one. A patient's
-    stratum is the rarest class among its images, and the k-th patient of a stratum of s stands at
+    patients: N ids; present: bool [N,L]. The patients are put in an order that does not depend on
+    the share, and the first ones are taken, so a smaller share lies within a larger one. Their
+    stratum is the rarest class among their images, and the k-th patient of a stratum of s stands at
     k / s: each share holds each stratum in proportion, rounded up, so a rare class is not lost.
     """
     names, patient = np.unique(patients, return_inverse=True)
@@ -182,7 +188,7 @@ def read_masks(table, label, size):
 
 def split_parts(args, table, labels):
     """{split: part}: rows of the images and what to learn of them, int8 [N,L] in {1,0,-1} or masks
-    [N,S,S] in {1,0}."""
+    [N,S,S] in {1,0}; features: what `encode` kept, a list of tensors, or None."""
     if args.task == "segmentation":
         targets = read_masks(table, labels[0], args.image_size)
         blank = np.zeros((0, args.image_size, args.image_size))
@@ -203,7 +209,7 @@ def split_parts(args, table, labels):
 
 
 def augment_pair(images, masks, generator):
-    """Turn by up to 10 degrees, crop to half the area, mirror, brightness and contrast.
+    """Turn by up to 10 degrees, crop to half the area or more, mirror, brightness and contrast.
 
     images float [B,3,S,S] and masks [B,S,S] (or None) move together, masks to the nearest pixel so
     that they stay binary. Mirroring is safe: no label and no mask here says left or right.
@@ -378,7 +384,8 @@ def encode(net, table, rows, args):
 
 
 def logits_of(net, table, part, index, args, generator=None):
-    """(logits, targets) of some images of a part, from kept features or, augmented, from pixels."""
+    """(logits, targets) of some images of a part, from kept features, else from pixels, which are
+    augmented where there is a generator."""
     targets = part["targets"][index].to(args.device)
     if part["features"]:
         return net.head([f[index].to(args.device, torch.float) for f in part["features"]]), targets
@@ -435,12 +442,13 @@ def start(net, table, train, args):
 
 def fit(net, table, train, held, args):
     """Trains what is not frozen and leaves the network as it was at its best validation score.
-    Returns the curve: epoch, loss and validation score, some 20 times."""
+    It is asked 20 to 39 times, or after each of fewer epochs. Returns the curve: epoch, loss and
+    validation score."""
     start(net, table, train, args)
     count, size = len(train["rows"]), args.batch_size
     epochs = max(args.epochs, math.ceil(args.min_steps / math.ceil(count / size)))
     total = epochs * math.ceil(count / size)
-    warmup = total * args.warmup_epochs / args.epochs
+    warmup = total * args.warmup_epochs / args.epochs  # stretched when --min-steps adds epochs
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=args.lr,
                                   weight_decay=args.weight_decay)
     learner = net.head if net.config["frozen"] else net
@@ -462,11 +470,11 @@ def fit(net, table, train, held, args):
             optimizer.step()
             losses, step = losses + loss.detach() * (len(index) / count), step + 1
         if epoch % max(1, epochs // 20) == 0 or epoch == epochs:
+            if not math.isfinite(losses.item()):
+                sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
             score = validation_score(net, table, held, args)
             curve.append(dict(epoch=epoch, loss=losses.item(),
                               validation=None if math.isnan(score) else score))
-            if not math.isfinite(losses.item()):
-                sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
             if not score <= best[0]:  # nan: nothing to choose by, so the last epoch stands
                 best = score, copy.deepcopy(learner.state_dict())
     learner.load_state_dict(best[1])
@@ -572,7 +580,8 @@ def draw_curves(path, curves, measure):
 def choose_labels(args, table):
     if args.task == "segmentation":
         return [args.label or MASKS_OF.get(args.dataset, "lung")]
-    names = args.label.split(",") if args.label else list(table.label_names)
+    names = ([name.strip() for name in args.label.split(",")] if args.label else
+             list(table.label_names))
     unknown = [name for name in names if name not in table.label_names]
     if unknown or not names:
         raise InputError(f"{args.dataset} has no label {', '.join(unknown)}; its labels: "
@@ -603,11 +612,12 @@ def one_run(args, table, labels, parts, model):
     net = build(args, labels, model)
     if args.cache_features is not False and not args.unfreeze:
         size = sum(f.nbytes for f in encode(net, table, train["rows"][:1], args))
-        if size * (len(index) + len(held["rows"])) < CACHE_LIMIT:
+        size *= len(index) + len(held["rows"])
+        if args.cache_features or size < CACHE_LIMIT:
             for part in (train, held):
                 part["features"] = encode(net, table, part["rows"], args)
         else:
-            print(f"the features would take {size * len(index) / 2**30:.0f} GB and are not kept")
+            print(f"the features would take {size / 1e9:.1f} GB and are not kept")
     weights = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print(f"seed {args.seed}: {len(index)} images of {len({*patients[index]})} patients to learn "
           f"from, {len(held['rows'])} to choose by, {len(parts['test']['rows'])} to test; "
@@ -626,13 +636,16 @@ def main(args):
     """Every seed. Returns what the JSON holds: metrics of the first seed, which also gives the
     checkpoint and the figures, and some of each under `runs`."""
     args, model = resolve(args)
+    stem = Path(args.out_dir) / "eval" / f"{args.dataset}_{args.task}"
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {stem.parent} ({error.strerror}); give another --out-dir")
     table = load_from_args(args)
     labels = choose_labels(args, table)
     print("  ".join(f"{k} {v}" for k, v in sorted(vars(args).items())))
     parts, runs, began = split_parts(args, table, labels), [], time.perf_counter()
-    stem = Path(args.out_dir) / "eval" / f"{args.dataset}_{args.task}"
     path = Path(args.out_dir) / f"finetune-{args.dataset}-{args.task}.pt"
-    stem.parent.mkdir(parents=True, exist_ok=True)
     keys = ("auroc", "f1", "acc") if args.task == "classification" else ("dice", "iou", "dice_all")
     for seed in range(args.seed, args.seed + args.seeds):
         metrics, arrays, draw, net = one_run(
@@ -653,8 +666,9 @@ def main(args):
         mean, std = float(np.mean(values)), float(np.std(values, ddof=1))
         result |= {f"{key}_mean": mean, f"{key}_std": std}
         print(f"{key:<10}{mean:.4f} +- {std:.4f} over {args.seeds} seeds")
+    result["runs"] = runs
     with replacing(stem.with_suffix(".json")) as draft:
-        draft.write_text(json.dumps(result | {"runs": runs}, indent=1) + "\n")
+        draft.write_text(json.dumps(result, indent=1) + "\n")
     with replacing(stem.with_name(stem.name + "_curve.png")) as draft:
         draw_curves(draft, [run["curve"] for run in runs], keys[0])
     print(f"{time.perf_counter() - began:.0f} s; written: {path}, {stem}.json .npz .png _curve.png")

@@ -1,11 +1,14 @@
-"""MeDSLIP's four losses as pure functions of tensors (arXiv 2403.10635, Eqs. 2-7).
+"""MeDSLIP's three losses and their sum as functions of tensors (arXiv 2403.10635, Eqs. 2-7).
 
     from losses import medslip_loss
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
-y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; any other value is ignored.
+y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; any other value is left out,
+except that ProtoCL may draw it as a negative.
 
 Differs from the paper:
+- ProtoCL compares Z_2 with the frozen text vectors themselves (as released); the paper's T have
+  passed the linear layer h_T.
 - ProtoCL's prototype stands in the denominator of Eq. 4 as well (as released): as printed the loss
   has no lower bound.
 - unmentioned="ignore", the released recipe and the default here, scores only what a report states;
@@ -29,6 +32,7 @@ def image_labels(existence):
 def masked_mean(values, keep, count=None):
     """Mean of `values` where `keep`, 0 if nowhere; `count` (loss_counts) replaces their number."""
     count = keep.sum() if count is None else count
+    # not clamped to 1: a global count over the number of parts may be a fraction
     return torch.where(keep, values, 0).sum() / torch.as_tensor(count).clamp(min=1e-9)
 
 
@@ -76,9 +80,9 @@ def loss_counts(existence, unmentioned="ignore"):
     """How many terms each masked mean of `medslip_loss` averages: float [5].
 
     Order: pathology existence, anatomy existence, pathology ProtoCL, anatomy ProtoCL, ICL. The mean
-    of several ranks' or micro-batches' means is not the mean over the global batch; dividing each
-    part by the global count over the number of parts is. Labels alone determine it, so it is known
-    before the forward pass.
+    of several ranks' or micro-batches' means is not the mean over the global batch; the mean of the
+    parts' sums, each divided by (global count / number of parts), is. Labels alone determine the
+    counts, so they are known before the forward pass.
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)

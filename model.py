@@ -6,11 +6,11 @@
 
 One letter per axis, here and in every other file:
     B images   m pathologies   n anatomies   h, w token grid   C backbone channels
-    D embedding width   T text vector width   k candidates of a contrastive choice
+    D embedding width   T text vector width   q queries of a stream (m or n)   k concepts, prompts
 
 Differs from the paper:
 - Eq. 5 puts a bare cosine through a sigmoid, which confines every probability to 0.27..0.73 while
-  about 1.5 % of the cells are positive; here the cosine has a learned scale and bias.
+  on phantoms 0.4 % of the cells are positive; here the cosine has a learned scale and bias.
   `icl="bare"` is the printed form.
 - Tokens may carry a fixed 2-D position embedding (`position`; on in the CPU preset, off at the
   paper's sizes).
@@ -19,8 +19,8 @@ Differs from the released code:
 - ICL has the paper's projections Z1; released: the plain dot product of the queried embeddings
   (`icl="dot"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
-- Linear weights start from N(0, 1 / fan-in); released: N(0, 0.02), close to it at width 1024, but
-  at the CPU preset's widths the image would hardly reach the queries. See also `start_from`.
+- Linear weights start with a deviation of fan-in ** -0.5; released: 0.02, near it at width 1024,
+  but at the CPU preset's widths the image would hardly reach the queries. See also `start_from`.
 """
 import math
 import re
@@ -209,7 +209,7 @@ class MeDSLIP(nn.Module):
             self.mask = nn.Linear(channels, channels)
             self.anatomy = Stream(config, channels)
             if config.icl == "cosine":
-                # 10 and -4 start the sigmoid near the 1-2 % of cells that hold a finding
+                # -4 starts an unrelated pair at 1.8 %: few cells hold a finding
                 self.icl_scale = nn.Parameter(torch.tensor(10.0))
                 self.icl_bias = nn.Parameter(torch.tensor(-4.0))
         for p in self.parameters():
@@ -235,7 +235,7 @@ class MeDSLIP(nn.Module):
 
         images [B,3,H,W], ImageNet-normalised; pathology_text [m,T] and anatomy_text [n,T], the
         frozen text vectors. need_attention also returns the cross-attention maps, at the price of
-        PyTorch's unfused attention.
+        a slower, unfused attention.
         Returns a MeDSLIPOutput.
         """
         x = self.backbone(images)                                               # [B,C,h,w]
@@ -268,8 +268,8 @@ class MeDSLIP(nn.Module):
         """[B,m,D], [B,n,D] -> relation logits [B,n,m]: does pathology j exist at anatomy i?"""
         if self.config.icl == "dot":
             return anatomy_queried @ pathology_queried.transpose(1, 2)
-        z1_p = F.normalize(self.pathology.to_z1(pathology_queried).float(), dim=-1)  # Z_1^p
-        z1_a = F.normalize(self.anatomy.to_z1(anatomy_queried).float(), dim=-1)  # Z_1^a
+        z1_p = F.normalize(self.pathology.to_z1(pathology_queried), dim=-1)     # [B,m,D] Z_1^p
+        z1_a = F.normalize(self.anatomy.to_z1(anatomy_queried), dim=-1)         # [B,n,D] Z_1^a
         s = z1_a @ z1_p.transpose(1, 2)                                         # [B,n,m] Eq. 5
         return self.icl_scale * s + self.icl_bias if self.config.icl == "cosine" else s
 
@@ -281,9 +281,9 @@ class MeDSLIP(nn.Module):
     def from_pretrained(cls, path_or_hub_id, map_location="cpu"):
         """A model in eval mode from this project's checkpoint, a published MeDSLIP or MedKLIP one.
 
-        Every tensor must find its place: CheckpointError names each that does not, but for HARMLESS
-        ones. Nothing in the file is executed (`weights_only=True`). A hub id such as pykale/MeDSLIP
-        is downloaded by huggingface_hub.
+        Every tensor must find its place: CheckpointError names those that do not (40 at most), but
+        for HARMLESS ones. Nothing in the file is executed (`weights_only=True`). A hub id such as
+        pykale/MeDSLIP is downloaded by huggingface_hub.
         """
         path = locate(path_or_hub_id)
         checkpoint = read_checkpoint(path, map_location)
@@ -466,7 +466,7 @@ def walk():
     show("E_T(a)", a_text, f"n,T: a frozen vector a prompt; {a_prompts[4]!r}, ...")
 
     torch.manual_seed(0)
-    model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=128, layers=2, position=True)).eval()
+    model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=96, layers=2, position=True)).eval()
     image = to_input(torch.tensor(film["image"])[None], 64)
     features = model.backbone(image)
     raw = features.flatten(2).transpose(1, 2) + position_embedding(16, 16, features.shape[1])

@@ -1,18 +1,20 @@
 """Pre-train MeDSLIP: images and reports in, out/ckpt.pt out (arXiv 2403.10635, Sec. II-III).
 
     torchrun --nproc_per_node=4 train.py --data mimic          # the paper's run on four GPUs
-    python train.py --data mimic --epochs 100                  # the same on one
+    python train.py --data mimic --accumulate 4                # the same on one
     python train.py                                            # --data synthetic: CPU, minutes
     python train.py --max-steps 60                             # a minute
 
 All randomness of a step (augmentation, dropout, drawn negatives) is a function of (seed, step, part
 of the batch), and the order of the images one of (seed, epoch). So a resumed run repeats an
-uninterrupted one to the last bit, and two processes repeat one with `--accumulate 2`.
+uninterrupted one to the last bit (on a GPU: with --deterministic), and two processes repeat one
+with `--accumulate 2`.
 
 Differs from the paper and the released code:
 - Left and right labels swap when an image is mirrored (`--flip naive` is the released behaviour).
 - Existence heads start at the base rate of their labels; weight decay spares biases and norms.
 - A step with a non-finite loss or gradient is skipped; gradients are clipped (released: neither).
+- Half precision where the hardware has it (`--amp off` is the released fp32).
 """
 import argparse
 import json
@@ -24,6 +26,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +61,7 @@ SYNTHETIC = dict(  # phantoms of 64 pixels on two CPU cores
     epochs=4, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_epochs=1.0, weight_decay=0.02,
     backbone="small", image_size=64, dim=96, layers=2, heads=4, dropout=0.0, position="sincos",
     crop=0.8, augment_ops=0, queries="corpus", text_encoder="hashing",
-    beta=10.0)  # ICL is a mean over 532 cells, one or two positive: 1 learns it too slowly
+    beta=10.0)  # ICL is a mean over 532 cells, two of them positive: 1 learns it too slowly
 # flags that --resume may change freely; a change of any other is refused by name
 FREE = {"resume", "max_steps", "out_dir", "root", "cache_dir", "workers", "device", "log_every",
         "save_every", "accumulate", "compile"}
@@ -117,7 +120,7 @@ def parse_args(argv=None):
     g.add_argument("--seed", type=int)
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"],
-                   help="auto: bf16 where the processor computes in it")
+                   help="auto: bf16 where the hardware has it, else fp16 on a GPU, off on a CPU")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     g.add_argument("--deterministic", action="store_true", help="CUDA: the same numbers, slower")
     g.add_argument("--log-every", type=int, metavar="STEPS")
@@ -152,6 +155,10 @@ def resolve(given, saved=None):
         if not fits:
             raise InputError(f"--{name} {getattr(args, name)} is out of range, which is " + dict(
                 crop="above 0 to 1", dropout="0 to below 1", clip="above 0")[name])
+    for name in ("max_steps", "workers"):
+        least = 1 if name == "max_steps" else 0
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is below {least}")
     if args.dim % args.heads:
         raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
     return args
@@ -196,7 +203,8 @@ def pick_amp(choice, device):
     """-> autocast dtype or None. On a CPU bf16 pays with AMX only (AVX512_BF16: 0.65 x speed)."""
     if choice == "auto":
         if device.type == "cuda":
-            choice = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            real = torch.cuda.is_bf16_supported(including_emulation=False)
+            choice = "bf16" if real else "fp16"
         else:
             choice = "bf16" if getattr(torch.cpu, "_is_amx_tile_supported", bool)() else "off"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[choice]
@@ -239,6 +247,12 @@ def validate(model, table, queries, held_out, unmentioned, image_size, device, a
         labels = np.maximum(labels, 0)
     auroc = classification_scores(labels, scores)["auroc"]
     return float("nan") if auroc is None else auroc
+
+
+def ignore_signals(_):
+    """A loader's worker serves on when SIGTERM or Ctrl-C reach the whole process group."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def last_good(path, saved):
@@ -289,6 +303,8 @@ def main(args):
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make --out-dir {out_dir} ({error.strerror})")
+    if not os.access(out_dir, os.W_OK):
+        raise InputError(f"--out-dir {out_dir} is not writable; give another")
     path, checkpoint = out_dir / "ckpt.pt", None
     if getattr(args, "resume", False):
         if not path.exists():
@@ -307,6 +323,9 @@ def main(args):
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {args.device} is none that PyTorch can use here; leave it out")
     if device.type == "cuda" and world > 1:
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise InputError(f"there are {torch.cuda.device_count()} GPUs here; "
+                             f"--nproc_per_node must not be more")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if world > 1:  # gloo carries the stop flag from CPU to CPU, so that it costs the GPU no wait
@@ -345,11 +364,12 @@ def main(args):
     anatomy_text = queries["anatomy"]["text"].to(device)                                # [n,T]
     swap = side_swap_index(anatomies).to(device)                                        # [n]
     rows = table.rows("train")
-    held_out = split_names(args.hold_out)  # asked for, else the bucket of rare findings takes them
+    # labels are made for the held out, too, and cut off: else they would count as rare findings
+    held_out = split_names(args.hold_out)
     batches = Batches(table, rows, args.batch_size, args.seed, pathologies + held_out, anatomies,
                       rank, world)
     steps_per_epoch = len(batches)
-    total = min(args.epochs * steps_per_epoch, args.max_steps or 2**62)
+    total = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
 
     # ---- model and optimizer; raw_model stays bare for saving and evaluation
     torch.manual_seed(args.seed)
@@ -358,7 +378,8 @@ def main(args):
         heads=args.heads, text_dim=pathology_text.shape[1], dropout=args.dropout,
         position=args.position == "sincos", streams=args.streams, mask=args.mask, icl=args.icl)
     raw_model = MeDSLIP(config)
-    sample = torch.as_tensor(table.existence(rows[:2000], pathologies + held_out, anatomies))
+    sample = torch.as_tensor(table.existence(batches.row_numbers[:2000], pathologies + held_out,
+                                             anatomies))
     sample = sample[..., :len(pathologies)]                                             # [.,n,m]
     raw_model.start_from(torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]]),
                          *image_labels(sample), ignore=args.unmentioned == "ignore")
@@ -367,7 +388,7 @@ def main(args):
     if world > 1:
         model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
     matrices = [p for p in raw_model.parameters() if p.dim() > 1]
-    vectors = [p for p in raw_model.parameters() if p.dim() <= 1]
+    vectors = [p for p in raw_model.parameters() if p.dim() <= 1]  # biases, norms, ICL's scale
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.lr, fused=True)
@@ -399,16 +420,13 @@ def main(args):
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.append(1))
-
-    def ignore_signals(_):  # they reach the whole process group; the loader's workers serve on
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
     log = reopen_log(out_dir / "log.jsonl", step, bool(checkpoint)) if main_process else None
     workers = (4 if device.type == "cuda" else 0) if args.workers is None else args.workers
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(step, total), num_workers=workers,
         pin_memory=device.type == "cuda", persistent_workers=workers > 0,
-        worker_init_fn=ignore_signals))
+        worker_init_fn=ignore_signals,  # forked workers share the memory-mapped cache
+        multiprocessing_context="fork" if workers and "fork" in get_all_start_methods() else None))
     bar = tqdm(total=total, initial=step, unit="step", disable=None if main_process else True,
                dynamic_ncols=True)
     bad = torch.zeros(3, device=device)  # non-finite steps: in a row, longest row, all
@@ -447,7 +465,7 @@ def main(args):
             generator = torch.Generator().manual_seed(
                 seed_of(args.seed, step, rank * args.accumulate + k))
             parts.append(augment(x, y, swap, generator, args.image_size, (args.crop, 1.0),
-                                 args.flip, args.augment_ops))
+                                 args.flip, args.augment_ops))  # [b/parts,3,H,W], [b/parts,n,m]
         # masked means divide by the count over the whole global batch: see losses.loss_counts
         counts = torch.stack([loss_counts(y, args.unmentioned) for _, y in parts]).sum(0)
         if world > 1:
@@ -460,6 +478,7 @@ def main(args):
         model.train()
         losses, before = 0, torch.cat(statistics)
         for k, (x, y) in enumerate(parts):
+            # for dropout and the negatives that ProtoCL draws
             torch.manual_seed(seed_of(args.seed, step, rank * args.accumulate + k))
             # gradients travel between processes once a step, with its last part
             sync = nullcontext() if world == 1 or k == args.accumulate - 1 else model.no_sync()
@@ -470,15 +489,15 @@ def main(args):
                 part = medslip_loss(out, y, pathology_text, anatomy_text, args.alpha, args.beta,
                                     args.contrast, args.unmentioned, counts=counts)
                 scaler.scale(part["loss"] / args.accumulate).backward()
-            losses = losses + torch.stack([v.detach() for v in part.values()]) / args.accumulate
+            values = torch.stack([v.detach() for v in part.values()])                   # [4]
+            losses = losses + values / args.accumulate
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), args.clip)
-        # With fused AdamW a set `found_inf` skips the update on the device, without a wait
         if world > 1:
             dist.all_reduce(losses)
             losses = losses / world
         skip = ~(torch.isfinite(losses[0]) & torch.isfinite(norm))
-        if not scaler.is_enabled():
+        if not scaler.is_enabled():  # fused AdamW then skips its update, and nothing waits for it
             optimizer.found_inf = skip.float()
         scaler.step(optimizer)
         scaler.update()
@@ -487,6 +506,7 @@ def main(args):
         for b, value in zip(statistics, kept):
             b.copy_(value)
         optimizer.zero_grad(set_to_none=True)
+        # an fp16 scaler overflows now and then by design: there only the loss tells a bad step
         row = (bad[0] + 1) * (~torch.isfinite(losses[0]) if scaler.is_enabled() else skip)
         bad = torch.stack([row, torch.maximum(bad[1], row), bad[2] + (row > 0)])
         step, seen = step + 1, seen + args.batch_size
@@ -500,15 +520,16 @@ def main(args):
                     step=step, epoch=step / steps_per_epoch, lr=lr, loss=loss, existence=exist,
                     protocl=proto, icl=icl, grad_norm=norm.item(), skipped=int(bad[2]),
                     images_per_s=round(rate, 1)))
-                bar.set_postfix_str(f"loss {loss:.3f} = {exist:.3f} + {proto:.3f} + {icl:.3f}, "
-                                    f"{rate:.0f} images/s")
+                bar.set_postfix_str(f"loss {loss:.3f}: existence {exist:.3f}, ProtoCL {proto:.3f}, "
+                                    f"ICL {icl:.4f}; {rate:.0f} images/s")
             if bad[1] >= 3:
-                sys.exit(f"train.py: three steps in a row without a finite loss at step {step}; "
-                         f"{last_good(path, saved)}; a lower --lr or --amp off may help")
+                why = (f"train.py: three steps in a row without a finite loss or gradient, seen at "
+                       f"step {step}; {last_good(path, saved)}; a lower --lr or --amp off may help")
+                sys.exit(why if main_process else 1)
     bar.close()
     if main_process:
-        print(f"{'done' if done else 'stopped'} at step {step}; checkpoint {path}; "
-              f"best validation AUROC {best['auroc']:.4f}; {int(bad[2])} steps skipped")
+        print(f"{'done' if done else 'stopped'} at step {step}; the last weights are in "
+              f"{path}; best validation AUROC {best['auroc']:.4f}; {int(bad[2])} steps skipped")
     if world > 1:
         dist.destroy_process_group()
 

@@ -348,9 +348,10 @@ def test_imagenet_offline_is_one_line(monkeypatch):
 def test_imagenet_weights_land_in_the_backbone(monkeypatch):
     import torchvision
     torch.manual_seed(5)
-    given = torchvision.models.resnet18(weights=None)
-    monkeypatch.setattr(torchvision.models, "resnet18", lambda weights: given)
-    monkeypatch.setattr(finetune, "build_backbone", build_backbone)
+    plain = torchvision.models.resnet18
+    given = plain(weights=None)
+    monkeypatch.setattr(torchvision.models, "resnet18",
+                        lambda weights: given if weights else plain(weights=None))
     args = Namespace(seed=0, task="classification", backbone="resnet18", image_size=32,
                      unfreeze=False, init="imagenet", device="cpu")
     net = finetune.build(args, ["a"], None)

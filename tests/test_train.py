@@ -80,7 +80,7 @@ def outcome(out):
 
 
 def spawn(root, out, *more, **options):
-    """A run in a process, or with torchrun's, of its own."""
+    """A run in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "train.py", *flags(root, out, *more)], cwd=REPO,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -499,7 +499,7 @@ def test_same_seed_same_numbers(root, tmp_path):
 
 
 def test_learns_a_handful_of_images(root, tmp_path):
-    """Eight images by heart: in 80 steps all losses fall, existence to a quarter or less."""
+    """Eight images by heart: in 80 steps the loss, existence and ICL fall far."""
     data.load("synthetic", str(root), size=32, workers=0)
     lines = (root / "prepared-32" / "split.csv").read_text().splitlines()
     few = tmp_path / "split.csv"
