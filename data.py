@@ -4,10 +4,11 @@
     python data.py --dataset mimic --root data/mimic        # prepare, print the receipt
     python data.py --dataset synthetic                      # draws its data first; half a minute
 
-In order: the data sets, labels, one reader for each, splits, pixels, preparation, the doctor
-(--check), the Table that load() returns, Batches, augmentation, flags. B images, S pixels a side, n
-anatomies, m pathologies. The cache is <root>/prepared-<S>/ (or below --cache-dir): images.npy uint8
-[N,S,S], arrays.npz, index.json, split.csv, receipt.json and parts/, what each job did. No pickle.
+In order: labels, one reader a data set, the data sets, splits, pixels, triplets, preparation, the
+doctor (--check), the Table that load() returns, Batches, augmentation, flags. B images, S pixels a
+side, n anatomies, m pathologies. The cache is <root>/prepared-<S>/ (or below --cache-dir):
+images.npy uint8 [N,S,S], arrays.npz, index.json, split.csv, receipt.json and parts/, what each job
+did. No pickle.
 
 Differs from the released code in:
 - Images are decoded and squashed to S x S once, and a step reads memory. The released loader
@@ -31,6 +32,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import time
@@ -51,56 +53,6 @@ FORMAT = 1            # raise it when the meaning of anything in a cache changes
 CHUNK = 256           # images a job; fixed, so that the cache does not depend on the workers
 SPLITS = ("train", "validate", "test", "skipped")
 csv.field_size_limit(1 << 27)
-
-# ------------------------------------------------------------------------------------------------
-# The data sets
-
-
-class Source(typing.NamedTuple):
-    name: str      # as people call it
-    files: tuple   # one of these lies at its root (plain, .gz or .zip)
-    get: str       # where to get it
-    layout: str    # phantom.py's --layout that rehearses it
-    views: str     # --views unless told: the published run took all of MIMIC's
-    made: tuple    # shares of train and validate where no official split exists
-
-
-SOURCES = {
-    "synthetic": Source(
-        "synthetic", ("mimic-cxr-2.0.0-split.csv",), "a new --root is filled on first use",
-        "mimic", "all", (0.8, 0.1)),
-    "mimic": Source(
-        "MIMIC-CXR-JPG", ("mimic-cxr-2.0.0-split.csv",),
-        "https://physionet.org/content/mimic-cxr-jpg and, for the reports, /content/mimic-cxr "
-        "(credentialed)", "mimic", "all", (0.8, 0.1)),
-    "nih": Source(
-        "NIH ChestX-ray14", ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
-        "https://nihcc.app.box.com/v/ChestXray-NIHCC", "nih", "all", (0.7, 0.1)),
-    "rsna": Source(
-        "RSNA Pneumonia", ("stage_2_train_labels.csv", "*rsna*test*.csv"),
-        "kaggle competitions download -c rsna-pneumonia-detection-challenge", "rsna", "all",
-        (0.7, 0.15)),
-    "siim": Source(
-        "SIIM-ACR Pneumothorax",
-        ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv"),
-        "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation", "siim", "all", (0.7, 0.15)),
-    "covidx": Source(
-        "COVIDx", ("test*.txt",), "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2", "covidx",
-        "all", (0.9, 0.1)),
-    "chexpert": Source(
-        "CheXpert", ("train.csv", "valid.csv", "val_labels.csv"),
-        "https://stanfordmlgroup.github.io/competitions/chexpert", "chexpert", "frontal",
-        (0.9, 0.1)),
-    "openi": Source(
-        "Open-i", ("ecgen-radiology", "indiana_reports.csv"),
-        "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)", "openi", "frontal",
-        (0.7, 0.1)),
-    "covid-chestxray": Source(
-        "covid-chestxray-dataset", ("metadata.csv",),
-        "git clone https://github.com/ieee8023/covid-chestxray-dataset", "covid-chestxray",
-        "frontal", (0.6, 0.1)),
-}
-DATASETS = tuple(SOURCES)
 
 # ------------------------------------------------------------------------------------------------
 # Labels
@@ -125,23 +77,15 @@ PATHOLOGY = {  # the vocabulary's name of a label, where it is not just the labe
     "Support Devices": "device", "Infiltration": "infiltrate", "Pleural_Thickening": "thicken",
     "Fibrosis": "tail_abnorm_obs"}  # a bucket of rare findings, so a weak query
 GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0,
-          "Consolidation": 0}
+          "Consolidation": 0}  # what GLoRIA and MGCA make of an uncertain label
 BLANK, UNKNOWN = -2, -3  # beside 1 present, 0 absent, -1 uncertain: not mentioned; never labelled
+VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1, "": BLANK}  # of a csv's cell
 
 
 def label_pathology(label):
     """The vocabulary's name of a data set's label, or None (COVID-19 and the lungs have none)."""
     name = PATHOLOGY.get(label, label.lower())
     return name if name in text.PATHOLOGIES else None
-
-
-def label_value(cell):
-    """'1.0' -> 1, '0.0' -> 0, '-1.0' -> -1 (uncertain), '' -> BLANK; anything else: ValueError."""
-    if not cell:
-        return BLANK
-    if float(cell) not in (1, 0, -1):
-        raise ValueError(cell)
-    return int(float(cell))
 
 
 def settle_labels(raw, names, uncertain):
@@ -170,9 +114,8 @@ def find(root, *names, need=False):
 
 
 def csv_rows(path, *needed):
-    """Rows of a csv (plain, .gz, .zip of one) as dicts, header and cells stripped; none of None.
-
-    InputError where a needed column lacks or the file is damaged; short rows are filled up.
+    """Rows of a csv (plain, .gz, .zip of one) as dicts, header and cells stripped; a missing cell
+    is "". No rows if path is None. InputError if a needed column is missing or the file damaged.
     """
     if path is None:
         return
@@ -183,21 +126,21 @@ def csv_rows(path, *needed):
         else:
             raw = gzip.open(path) if path.endswith(".gz") else open(path, "rb")
         with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
-            reader = csv.reader(file)
-            header = [name.strip() for name in next(reader, [])]
-            absent = [name for name in needed if name not in header]
-            if absent:
-                raise InputError(f"{path} has no column {absent[0]!r}; it has {', '.join(header)}")
+            reader = csv.DictReader(file, restval="")
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+            for name in needed:
+                if name not in reader.fieldnames:
+                    raise InputError(f"{path} has no column {name!r}; it has "
+                                     f"{', '.join(reader.fieldnames)}")
             for row in reader:
-                if row:
-                    row += [""] * (len(header) - len(row))
-                    yield dict(zip(header, map(str.strip, row)))
+                row.pop(None, None)  # cells beyond the header
+                yield {name: cell.strip() for name, cell in row.items()}
     except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again")
 
 
 def text_lines(path):
-    """The non-empty lines of a text file, stripped; none of None."""
+    """The non-empty lines of a text file, stripped; none if path is None."""
     if path is None:
         return []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -259,8 +202,8 @@ def read_mimic(root, options, problems):
     for r in csv_rows(labels_csv, "study_id"):
         r.setdefault("Lung Opacity", r.get("Airspace Opacity", ""))  # the name in release 2.1.0
         try:
-            labels[r["study_id"]] = tuple(label_value(r.get(name, "")) for name in names)
-        except ValueError as error:
+            labels[r["study_id"]] = tuple(VALUE[r.get(name, "")] for name in names)
+        except KeyError as error:
             problems.append(("unreadable-label", f"study {r['study_id']}: {error}"))
 
     # the reports' archive has the same files/ folder; some keep it in a folder of its own
@@ -275,18 +218,17 @@ def read_mimic(root, options, problems):
         view, height, width = metadata[name]
         if options["views"] == "frontal" and view not in ("PA", "AP"):
             continue
-        found, boxes = drawn.get(name, ()), []
-        for f in found:
-            x, y, w, h = (float(f[side]) for side in ("x", "y", "width", "height"))
-            boxes.append((f["pathology"], x / float(width), y / float(height),
-                          w / float(width), h / float(height)))
+        found = drawn.get(name, ())
         present = {f["pathology"] for f in found}
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
         items.append(Item(
             name, f"{folder}/{name}.jpg", subject, r["split"],
             tuple(int(n in present) for n in names) if options["labels"] == "drawn"
             else labels.get(study, (UNKNOWN,) * len(names)),
-            report=f"{reports}{folder}.txt", boxes=tuple(boxes),
+            report=f"{reports}{folder}.txt",
+            boxes=tuple((f["pathology"], float(f["x"]) / float(width),
+                         float(f["y"]) / float(height), float(f["width"]) / float(width),
+                         float(f["height"]) / float(height)) for f in found),
             masks=tuple((f["pathology"], "png", f"masks/{name}.png", int(f["finding"]))
                         for f in found) if boxes_csv else None,
             truth=tuple((f["pathology"], f["anatomy"]) for f in found)))
@@ -306,7 +248,7 @@ def read_nih(root, options, problems):
         except ValueError:
             problems.append(("unreadable-label", f"box of {r['Image Index']}"))
     items = []
-    for r in csv_rows(find(root, "Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv", need=True),
+    for r in csv_rows(find(root, *SOURCES["nih"].files, need=True),
                       "Image Index", "Finding Labels", "Patient ID"):
         name, said = r["Image Index"], set(r["Finding Labels"].split("|")) - {"No Finding"}
         if said - set(NIH) or not name:
@@ -345,7 +287,8 @@ def read_rsna(root, options, problems):
     items = []
     for name, found in boxes.items():
         try:
-            found = tuple(("Pneumonia", *(float(v) / 1024 for v in box)) for box in found)
+            found = tuple(("Pneumonia", *(float(side) / 1024 for side in (x, y, w, h)))
+                          for x, y, w, h in found)
         except ValueError:
             problems.append(("unreadable-label", f"box of {name}"))
             continue
@@ -358,12 +301,12 @@ def read_rsna(root, options, problems):
 def read_siim(root, options, problems):
     """Kaggle's DICOM trees with either RLE file, or the PNG re-pack that MeDSLIP used."""
     items, label = [], "Pneumothorax"
-    for name, split in (("stage_1_train_images.csv", "train"), ("stage_1_test_images.csv", "test")):
-        for r in csv_rows(find(root, name), "new_filename", "ImageId", "has_pneumo"):
-            mask = ((label, "png", f"png_masks/{r['new_filename']}", -1),)
-            sick = r["has_pneumo"] == "1"
-            items.append(Item(r["ImageId"], f"png_images/{r['new_filename']}", r["ImageId"], split,
-                              (int(sick),), masks=mask if sick else ()))
+    for part in ("train", "test"):
+        for r in csv_rows(find(root, f"stage_1_{part}_images.csv"),
+                          "new_filename", "ImageId", "has_pneumo"):
+            name, sick = r["new_filename"], r["has_pneumo"] == "1"
+            items.append(Item(r["ImageId"], f"png_images/{name}", r["ImageId"], part, (int(sick),),
+                              masks=((label, "png", f"png_masks/{name}", -1),) if sick else ()))
     if items:
         return (label,), items
     paths, runs = paths_by_stem(root), collections.defaultdict(list)
@@ -385,42 +328,38 @@ def read_siim(root, options, problems):
 
 
 def read_covidx(root, options, problems):
-    """COVIDx, any version: `patient file class source` lines, read from the right since older
-    patient ids hold spaces; the oldest files have no source."""
-    items, classes = [], {"positive": 1, "negative": 0, "covid-19": 1, "pneumonia": 0, "normal": 0}
+    """COVIDx, any version: lines of patient (older ids hold spaces), file, class and source (the
+    oldest lines have none)."""
+    form = re.compile(r"(.+?)\s+(\S+)\s+(positive|negative|covid-19|pneumonia|normal)(\s+\S+)?",
+                      re.IGNORECASE)
+    items = []
     for split in SPLITS[:3]:
         path = find(root, f"{split[:3]}.txt", f"{split}.txt", f"{split[:3]}*.txt")
         for line in text_lines(path):
-            parts = line.rsplit(None, 3)
-            if len(parts) == 4 and parts[2].lower() not in classes:
-                parts = line.rsplit(None, 2) + [""]
-            if len(parts) == 3:
-                parts.append("")
-            if len(parts) != 4 or parts[2].lower() not in classes:
+            found = form.fullmatch(line)
+            if not found:
                 problems.append(("unreadable-label", f"{os.path.basename(path)}: {line[:60]}"))
                 continue
-            patient, name, said, _ = parts
+            patient, name, said, _ = found.groups()
             folder = "val" if split == "validate" else split
-            items.append(Item(name, f"{folder}/{name}", patient, split, (classes[said.lower()],)))
+            items.append(Item(name, f"{folder}/{name}", patient, split,
+                              (int(said.lower() in ("positive", "covid-19")),)))
     return ("COVID-19",), items
 
 
 def read_chexpert(root, options, problems):
     """CheXpert full or small, with the test release if there; without it valid is the test."""
     items = []
-    for name, split in (("train.csv", "train"), ("valid.csv", "validate"),
-                        ("val_labels.csv", "validate"), ("test_labels.csv", "test"),
-                        ("groundtruth.csv", "test")):
-        if split in {item.split for item in items}:
-            continue
-        for r in csv_rows(find(root, name)):
-            try:
-                values = tuple(label_value(r.get(label, "")) for label in CHEXPERT)
-            except ValueError as error:
-                problems.append(("unreadable-label", f"{name}: {r.get('Path')}: {error}"))
-                continue
+    for split, *names in (("train", "train.csv"), ("validate", "valid.csv", "val_labels.csv"),
+                          ("test", "test_labels.csv", "groundtruth.csv")):
+        for r in csv_rows(find(root, *names)):
             where = r.get("Path") or r.get("Study", "")  # the release folder comes first in it
-            where = where.split("/", 1)[1] if where.startswith("CheXpert") else where
+            try:
+                values = tuple(VALUE[r.get(label, "")] for label in CHEXPERT)
+            except KeyError as error:
+                problems.append(("unreadable-label", f"{where}: {error}"))
+                continue
+            where = where.split("/", 1)[-1] if where.startswith("CheXpert") else where
             if split == "validate" and os.path.isdir(os.path.join(root, "val")):
                 where = where.replace("valid/", "val/", 1)  # the csv keeps the old name
             paths = [where] if where.lower().endswith(".jpg") else glob.glob(  # or it is a study
@@ -428,7 +367,7 @@ def read_chexpert(root, options, problems):
             for found in sorted(paths):
                 patient = next((p for p in found.split("/") if p.startswith("patient")), "")
                 if not patient:
-                    problems.append(("unreadable-label", f"{name}: {found!r}"))
+                    problems.append(("unreadable-label", f"{split}: {found!r}"))
                 elif options["views"] == "all" or "frontal" in os.path.basename(found):
                     items.append(Item(found[:-4], found, patient, split, values))
     if "test" not in {item.split for item in items}:
@@ -441,8 +380,9 @@ def read_openi(root, options, problems):
     index terms; views come from the re-pack's projections or the DICOM headers, if there."""
     paths, view, images = paths_by_stem(root), {}, collections.defaultdict(list)
     for r in csv_rows(find(root, "indiana_projections.csv"), "uid", "filename", "projection"):
-        view[os.path.splitext(r["filename"])[0]] = r["projection"]
-        images[r["uid"]].append(os.path.splitext(r["filename"])[0])
+        stem = os.path.splitext(r["filename"])[0]
+        view[stem] = r["projection"]
+        images[r["uid"]].append(stem)
     for r in csv_rows(find(root, "nlmcxr_dicom_metadata.csv"), "imageid", "View Position"):
         lateral = r["View Position"] not in ("PA", "AP", "")
         view[r["imageid"]] = "Lateral" if lateral else "Frontal"
@@ -464,18 +404,15 @@ def read_openi(root, options, problems):
         heads = {term.split("/")[0].strip() for term in terms} - {"", "No Indexing"}
         labels = tuple(int(bool(heads & set(meant))) if heads else UNKNOWN
                        for meant in OPENI.values())
-        for name in names:
-            if options["views"] == "all" or view.get(name) != "Lateral":
-                items.append(Item(name, paths.get(name, f"images/{name}.png"), uid, "", labels,
-                                  note=note))
+        items += [Item(name, paths.get(name, f"images/{name}.png"), uid, "", labels, note=note)
+                  for name in names if options["views"] == "all" or view.get(name) != "Lateral"]
     return tuple(OPENI), items
 
 
 def read_covid_chestxray(root, options, problems):
     """ieee8023's collection: its X-rays, clinical notes as reports, lung masks where they exist."""
     names, items = ("COVID-19", "Pneumonia", "No Finding"), []
-    masks = {name[:-len("_mask.png")] for name in
-             glob.glob("*_mask.png", root_dir=os.path.join(root, "annotations/lungVAE-masks"))}
+    masks = set(glob.glob("annotations/lungVAE-masks/*_mask.png", root_dir=root))
     for r in csv_rows(find(root, "metadata.csv", need=True), "patientid", "finding", "view",
                       "modality", "filename", "clinical_notes"):
         frontal = r["view"] in ("PA", "AP", "AP Supine")
@@ -484,19 +421,57 @@ def read_covid_chestxray(root, options, problems):
         if not r["filename"] or not r["finding"] or r["finding"].lower() in ("todo", "unknown"):
             problems.append(("unreadable-label", f"{r['filename']}: finding {r['finding']!r}"))
             continue
-        said, stem = r["finding"].lower(), r["filename"].rsplit(".", 1)[0]
+        said = r["finding"].lower()
         healthy = said == "no finding"
         # ARDS names a course, not a germ; every other entry of this collection is a pneumonia
         labels = (int("covid-19" in said), int(not healthy and said != "ards"), int(healthy))
-        lungs = (("lung", "png", f"annotations/lungVAE-masks/{stem}_mask.png", -1),)
+        mask = f"annotations/lungVAE-masks/{r['filename'].rsplit('.', 1)[0]}_mask.png"
         items.append(Item(r["filename"], f"images/{r['filename']}", r["patientid"], "", labels,
-                          note=r["clinical_notes"], masks=lungs if stem in masks else None))
+                          note=r["clinical_notes"],
+                          masks=(("lung", "png", mask, -1),) if mask in masks else None))
     return names, items
 
 
-READERS = {"synthetic": read_mimic, "mimic": read_mimic, "nih": read_nih, "rsna": read_rsna,
-           "siim": read_siim, "covidx": read_covidx, "chexpert": read_chexpert, "openi": read_openi,
-           "covid-chestxray": read_covid_chestxray}
+# ------------------------------------------------------------------------------------------------
+# The data sets
+
+class Source(typing.NamedTuple):
+    read: typing.Callable
+    name: str             # as people call it
+    files: tuple          # one of these lies at its root (plain, .gz or .zip)
+    get: str              # where to get it
+    made: tuple           # shares of train and validate where the publisher has no such split
+    views: str = "all"    # --views unless told: the published run took all of MIMIC's
+
+
+SOURCES = {
+    "synthetic": Source(read_mimic, "synthetic", ("mimic-cxr-2.0.0-split.csv",),
+                        "a new --root is filled on first use", (0.8, 0.1)),
+    "mimic": Source(read_mimic, "MIMIC-CXR-JPG", ("mimic-cxr-2.0.0-split.csv",),
+                    "https://physionet.org/content/mimic-cxr-jpg and, for the reports, "
+                    "/content/mimic-cxr (credentialed)", (0.8, 0.1)),
+    "nih": Source(read_nih, "NIH ChestX-ray14",
+                  ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv"),
+                  "https://nihcc.app.box.com/v/ChestXray-NIHCC", (0.7, 0.1)),
+    "rsna": Source(read_rsna, "RSNA Pneumonia", ("stage_2_train_labels.csv", "*rsna*test*.csv"),
+                   "kaggle competitions download -c rsna-pneumonia-detection-challenge",
+                   (0.7, 0.15)),
+    "siim": Source(read_siim, "SIIM-ACR Pneumothorax",
+                   ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv"),
+                   "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation", (0.7, 0.15)),
+    "covidx": Source(read_covidx, "COVIDx", ("test*.txt",),
+                     "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2", (0.9, 0.1)),
+    "chexpert": Source(read_chexpert, "CheXpert", ("train.csv", "valid.csv", "val_labels.csv"),
+                       "https://stanfordmlgroup.github.io/competitions/chexpert", (0.9, 0.1),
+                       "frontal"),
+    "openi": Source(read_openi, "Open-i", ("ecgen-radiology", "indiana_reports.csv"),
+                    "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)",
+                    (0.7, 0.1), "frontal"),
+    "covid-chestxray": Source(
+        read_covid_chestxray, "covid-chestxray-dataset", ("metadata.csv",),
+        "git clone https://github.com/ieee8023/covid-chestxray-dataset", (0.6, 0.1), "frontal"),
+}
+DATASETS = tuple(SOURCES)
 
 
 def find_root(dataset, root):
@@ -506,10 +481,10 @@ def find_root(dataset, root):
     for folder in [root] + below:
         if find(folder, *source.files):
             return folder
-    rehearse = (f"; or rehearse: python phantom.py --layout {source.layout} --root {root} "
-                "--count 200" if source.layout else "")
+    layout = "mimic" if dataset == "synthetic" else dataset
     raise InputError(f"no {source.name} data at {root}: looked for {' or '.join(source.files)} "
-                     f"there and one folder down. Get it: {source.get}{rehearse}; or take the "
+                     f"there and one folder down. Get it: {source.get}; or rehearse: python "
+                     f"phantom.py --layout {layout} --root {root} --count 200; or take the "
                      "synthetic data: python train.py --data synthetic")
 
 
@@ -517,7 +492,7 @@ def read_items(dataset, root, options):
     """(label names, items, problems) of a data set as downloaded; no image is opened here."""
     problems, kept, seen = [], [], set()
     try:
-        names, items = READERS[dataset](root, options, problems)
+        names, items = SOURCES[dataset].read(root, options, problems)
     except InputError:
         raise
     except (KeyError, ValueError, TypeError, ZeroDivisionError) as error:
@@ -536,16 +511,22 @@ def read_items(dataset, root, options):
     if not kept:
         first = f"; {len(problems)} problems, the first: {problems[0]}" if problems else ""
         raise InputError(f"{root}: label files without one usable row{first}")
+    if any(item.path.lower().endswith((".dcm", ".dicom")) for item in kept):
+        try:
+            import pydicom  # noqa: F401
+        except ImportError:
+            raise InputError(f"{SOURCES[dataset].name} comes as DICOM files: pip install "
+                             "'pydicom>=3'")
     return list(names), kept, problems
 
 
 # ------------------------------------------------------------------------------------------------
 # Splits
 
-def draw_split(patient, made, seed=0):
+def draw_split(patient, made):
     """train, validate or test for a patient, from a hash of the id alone: everybody gets the same,
     whatever part of the data set they have and in whatever order."""
-    digest = hashlib.sha256(f"{seed}/{patient}".encode()).digest()
+    digest = hashlib.sha256(f"0/{patient}".encode()).digest()  # seed 0
     u = int.from_bytes(digest[:8], "big") / 2**64
     return SPLITS[0] if u < made[0] else SPLITS[1] if u < made[0] + made[1] else SPLITS[2]
 
@@ -656,106 +637,18 @@ def trouble(path):
         return "git-lfs" if file.read(40).startswith(b"version https://git-lfs") else "corrupt"
 
 
-def decode_rle(rle, size=1024):
-    """SIIM's mask, bool [size,size]: pairs (gap since the last run, length), column by column."""
+def decode_rle(rle):
+    """SIIM's mask, bool [1024,1024]: pairs (gap since the last run, length), column by column."""
     numbers = np.array(rle.split(), np.int64)
-    flat = np.zeros(size * size, bool)
-    if len(numbers) > 1:
-        ends = numbers.cumsum()[1::2]
-        for start, end in zip(ends - numbers[1::2], ends):
-            flat[start:end] = True
-    return flat.reshape(size, size).T
+    flat = np.zeros(1024 * 1024, bool)
+    ends = numbers.cumsum()[1::2]
+    for start, end in zip(ends - numbers[1::2], ends):
+        flat[start:end] = True
+    return flat.reshape(1024, 1024).T
 
 
 # ------------------------------------------------------------------------------------------------
-# Preparation: jobs of CHUNK images, each leaving part files that say what they were made from
-
-def stamp(root, names):
-    """What a cheap look tells of some files: names, sizes, times. A hex digest."""
-    digest = hashlib.sha256()
-    for name in names:
-        try:
-            status = os.stat(os.path.join(root, name))
-            digest.update(f"{name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
-        except (OSError, ValueError):
-            digest.update(f"{name}|-\n".encode())
-    return digest.hexdigest()
-
-
-def read_part(path, made_from):
-    """The JSON at `path` if it was made from the same files and options, else None."""
-    try:
-        with open(path) as file:
-            part = json.load(file)
-        return part if part["made_from"] == made_from else None
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def write_json(path, value):
-    with open(path + ".new", "w") as file:
-        json.dump(value, file)
-    os.replace(path + ".new", path)  # whole or not at all
-
-
-def prepare_chunk(job):
-    """One job: pixels of its images into images.npy, triplets of their reports. What an earlier
-    run did with the same files stays. Returns (start, pixels part, cells part)."""
-    root, folder, start, items, size, triplets, given = job
-    name = os.path.join(folder, "parts", f"{start // CHUNK:06d}")
-    images = os.path.join(folder, "images.npy")
-    stored = np.load(images, mmap_mode="r", allow_pickle=False)
-    block = stored[start:start + len(items)]
-    made_from = f"{FORMAT} {size} {stamp(root, [item.path for item in items])}"
-    pixels = read_part(name + ".pixels.json", made_from)
-    if pixels is None or pixels["crc"] != zlib.crc32(block):
-        fresh, shapes, errors = np.zeros(block.shape, np.uint8), [], []
-        for k, item in enumerate(items):
-            path, shape = os.path.join(root, item.path), (0, 0)
-            try:
-                fresh[k], shape = decode(path, size)
-            except Exception as error:  # one bad file of 377,110 must not end the run
-                kind = trouble(path)
-                errors.append((start + k, kind, "" if kind == "missing" else f"{error}"[:200]))
-            shapes.append(shape)
-        if fresh.any() or block.any():         # what was never downloaded takes no space
-            with open(images, "r+b") as file:  # not through the map: a full disk would be a SIGBUS
-                file.seek(stored.offset + start * size * size)
-                file.write(fresh)
-        pixels = dict(made_from=made_from, crc=zlib.crc32(fresh), shapes=shapes, errors=errors)
-        write_json(name + ".pixels.json", pixels)
-
-    notes = hashlib.sha256(json.dumps([given, [item.note for item in items]]).encode()).hexdigest()
-    made_from = f"{FORMAT} {triplets} {stamp(root, [item.report for item in items])} {notes}"
-    cells = read_part(name + ".cells.json", made_from)
-    if cells is None:
-        found = given or [report_cells(root, item) for item in items]
-        cells = dict(made_from=made_from, state=[f[1] for f in found],
-                     **pack([f[0] for f in found]))
-        write_json(name + ".cells.json", cells)
-    return start, pixels, cells
-
-
-def pack(lists):
-    """[(pathology, anatomy, value), ...] of each image as names, counts and flat numbers: MIMIC's
-    four million cells would take a gigabyte as tuples."""
-    names = sorted({name for cells in lists for cell in cells for name in cell[:2]})
-    number = {name: k for k, name in enumerate(names)}
-    return dict(names=names, counts=[len(cells) for cells in lists],
-                flat=[n for cells in lists for p, a, v in cells for n in (number[p], number[a], v)])
-
-
-def join(parts):
-    """(names, where each image's cells start, cells int16 [., 3]) of all packed parts: CSR."""
-    names = sorted(set().union(*(part["names"] for part in parts)))
-    number, cells = {name: k for k, name in enumerate(names)}, []
-    for part in parts:
-        flat = np.array(part["flat"], np.int16).reshape(-1, 3)
-        flat[:, :2] = np.array([number[name] for name in part["names"]], np.int16)[flat[:, :2]]
-        cells.append(flat)
-    counts = [count for part in parts for count in part["counts"]]
-    return names, np.cumsum([0] + counts), np.concatenate(cells)
-
+# Triplets of reports: by text.py's rules, or made elsewhere (--triplets)
 
 def report_cells(root, item):
     """([(pathology, anatomy, 1 or 0)], state) of an image's report by text.py's rules."""
@@ -780,8 +673,8 @@ def unique_cells(triplets):
 
 
 def read_triplets(source):
-    """None for the rules, else a function Item -> (cells, state) from files made elsewhere:
-    a RadGraph .json, or the folder of the published matrix and its train.json."""
+    """A function Item -> (cells, state) from a RadGraph .json, or from the folder of the published
+    matrix and its train.json; None for the rules."""
     if source == "rules":
         return None
     if not os.path.exists(source):
@@ -805,25 +698,20 @@ def read_triplets(source):
 
 
 def read_published(folder):
-    """({image or study: row of the matrix}, row -> cells) of landmark_observation_adj_mtx.npy,
-    6.75 GB and therefore mapped. The json keys are paths on the authors' disks: only the file
-    name counts."""
-    path = os.path.join(folder, "landmark_observation_adj_mtx.npy")
+    """({image: row of the matrix}, row -> cells) of landmark_observation_adj_mtx.npy, 6.75 GB and
+    therefore mapped. The json keys are paths on the authors' disks: only the file name counts."""
+    rows = {}
     try:
-        matrix = np.load(path, mmap_mode="r", allow_pickle=False)
-        rows = {}
+        matrix = np.load(os.path.join(folder, "landmark_observation_adj_mtx.npy"), mmap_mode="r")
         for name in glob.glob(os.path.join(glob.escape(folder), "*.json")):
             with open(name) as file:
                 rows.update((os.path.basename(key).split(".")[0], int(value["labels_id"]))
                             for key, value in json.load(file).items())
-        studies = os.path.join(folder, "landmark_observation_sids.npy")
-        if not rows and os.path.exists(studies):
-            rows = {f"s{sid}": k for k, sid in enumerate(np.load(studies, allow_pickle=False))}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--triplets {folder}: cannot read the published labels ({error})")
     if matrix.shape[1:] != (len(text.ANATOMIES), len(text.PATHOLOGIES)) or not rows:
         raise InputError(f"--triplets {folder}: needs a matrix of (reports, 51, 75), found "
-                         f"{matrix.shape}, and train.json or landmark_observation_sids.npy")
+                         f"{matrix.shape}, and train.json")
 
     def cells_of(row):
         if not 0 <= row < len(matrix):
@@ -833,35 +721,230 @@ def read_published(folder):
     return rows, cells_of
 
 
+def pack(lists):
+    """[(pathology, anatomy, value), ...] of each image as names, counts and flat numbers: MIMIC's
+    four million cells would take a gigabyte as tuples."""
+    names = sorted({name for cells in lists for cell in cells for name in cell[:2]})
+    number = {name: k for k, name in enumerate(names)}
+    return dict(names=names, counts=[len(cells) for cells in lists],
+                flat=[n for cells in lists for p, a, v in cells for n in (number[p], number[a], v)])
+
+
+def join(parts):
+    """(names, where each image's cells start, cells int16 [., 3]) of all packed parts: CSR."""
+    names = sorted(set().union(*(part["names"] for part in parts)))
+    number, cells = {name: k for k, name in enumerate(names)}, []
+    for part in parts:
+        flat = np.array(part["flat"], np.int16).reshape(-1, 3)
+        flat[:, :2] = np.array([number[name] for name in part["names"]], np.int16)[flat[:, :2]]
+        cells.append(flat)
+    counts = [count for part in parts for count in part["counts"]]
+    return names, np.cumsum([0] + counts), np.concatenate(cells)
+
+
+# ------------------------------------------------------------------------------------------------
+# Preparation: jobs of CHUNK images, each leaving part files that say what they were made from
+
+def stamp(root, names):
+    """What a cheap look tells of some files: names, sizes, times. A hex digest."""
+    digest = hashlib.sha256()
+    for name in names:
+        try:
+            status = os.stat(os.path.join(root, name))
+            digest.update(f"{name}|{status.st_size}|{status.st_mtime_ns}\n".encode())
+        except (OSError, ValueError):
+            digest.update(f"{name}|-\n".encode())
+    return digest.hexdigest()
+
+
+def rules():
+    """A digest of text.py: when its rules change the reports are read again, the images are not."""
+    with open(text.__file__, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+def read_part(path, made_from):
+    """The JSON at `path` if it was made from the same files and options, else None."""
+    try:
+        with open(path) as file:
+            part = json.load(file)
+        return part if part["made_from"] == made_from else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_json(path, value):
+    with open(path + ".new", "w") as file:
+        json.dump(value, file)
+    os.replace(path + ".new", path)  # whole or not at all
+
+
+def write_split(path, items, splits):
+    """split.csv: `id,patient,split` of the usable images, the file that --split-file reads."""
+    with open(path + ".new", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("id", "patient", "split"))
+        writer.writerows((i.id, i.patient, s) for i, s in zip(items, splits) if s != "skipped")
+    os.replace(path + ".new", path)
+
+
 def run_jobs(function, jobs, workers, title):
-    """function(job) for every job, in `workers` processes, in any order, under a progress bar."""
+    """function(job) of every job, in order, in `workers` processes, under a progress bar; the last
+    entry of a job is its items."""
     from tqdm import tqdm
-    total = sum(len(job[3]) for job in jobs)
-    with tqdm(total=total, unit=" images", desc=title, mininterval=0.5) as bar:
-        if workers <= 1 or len(jobs) <= 1:
-            for job in jobs:
-                yield function(job)
-                bar.update(len(job[3]))
-            return
+    pool, run = None, map
+    if workers > 1 and len(jobs) > 1:
         # fork: a spawned worker would spend two seconds on importing torch
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        with concurrent.futures.ProcessPoolExecutor(workers, context) as pool:
-            futures = {pool.submit(function, job): len(job[3]) for job in jobs}
+        pool = concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context(method))
+        run = pool.map
+    total = sum(len(job[-1]) for job in jobs)
+    try:
+        with tqdm(total=total, unit=" images", desc=title, mininterval=0.5) as bar:
+            for job, result in zip(jobs, run(function, jobs)):
+                yield result
+                bar.update(len(job[-1]))
+    except concurrent.futures.BrokenExecutor:
+        raise InputError("a worker was killed, perhaps for want of memory; what was finished is "
+                         "kept: run again with fewer --workers")
+    finally:
+        if pool:
+            pool.shutdown(cancel_futures=True)
+
+
+def prepare_chunk(job):
+    """One job: pixels of its images into images.npy, triplets of their reports. What an earlier
+    run did with the same files stays. Returns (pixels part, cells part)."""
+    root, folder, start, size, kind, given, items = job
+    name = os.path.join(folder, "parts", f"{start // CHUNK:06d}")
+    images = os.path.join(folder, "images.npy")
+    stored = np.load(images, mmap_mode="r")
+    block = stored[start:start + len(items)]
+    made_from = f"{FORMAT} {size} {stamp(root, [item.path for item in items])}"
+    pixels = read_part(name + ".pixels.json", made_from)
+    if pixels is None or pixels["crc"] != zlib.crc32(block):
+        fresh, shapes, errors = np.zeros(block.shape, np.uint8), [], []
+        for k, item in enumerate(items):
+            path, shape = os.path.join(root, item.path), (0, 0)
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    yield future.result()
-                    bar.update(futures[future])
-            except concurrent.futures.BrokenExecutor:
-                raise InputError("a worker was killed, perhaps for want of memory; what it "
-                                 "finished is kept: run again with fewer --workers")
-            finally:
-                pool.shutdown(cancel_futures=True)
+                fresh[k], shape = decode(path, size)
+            except Exception as error:  # one bad file of 377,110 must not end the run
+                why = trouble(path)
+                errors.append((start + k, why, "" if why == "missing" else f"{error}"[:200]))
+            shapes.append(shape)
+        if fresh.any() or block.any():         # what was never downloaded takes no space
+            with open(images, "r+b") as file:  # not through the map: a full disk would be a SIGBUS
+                file.seek(stored.offset + start * size * size)
+                file.write(fresh)
+        pixels = dict(made_from=made_from, crc=zlib.crc32(fresh), shapes=shapes, errors=errors)
+        write_json(name + ".pixels.json", pixels)
+
+    notes = hashlib.sha256(json.dumps([given, [item.note for item in items]]).encode()).hexdigest()
+    made_from = f"{FORMAT} {kind} {stamp(root, [item.report for item in items])} {notes}"
+    cells = read_part(name + ".cells.json", made_from)
+    if cells is None:
+        found = given or [report_cells(root, item) for item in items]
+        cells = dict(made_from=made_from, state=[f[1] for f in found],
+                     **pack([f[0] for f in found]))
+        write_json(name + ".cells.json", cells)
+    return pixels, cells
 
 
-def cores():
-    """The cores this process may use; a container's are fewer than the machine's."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def prepare(dataset, root, folder, size, workers, options, made_from):
+    """Reads the labels, runs the jobs, writes the cache and at last its receipt; returns that."""
+    began = time.time()
+    names, items, problems = read_items(dataset, root, options)
+    splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
+    images, shape = os.path.join(folder, "images.npy"), (len(items), size, size)
+    try:
+        fits = np.load(images, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):
+        fits = False
+    if not fits:
+        free = shutil.disk_usage(folder).free
+        if free < math.prod(shape):
+            raise InputError(f"{folder} needs {math.prod(shape) / 1e9:.1f} GB and the disk has "
+                             f"{free / 1e9:.1f} GB left; --cache-dir DIR puts it elsewhere")
+        # a new file, since others may have the old one mapped; takes no space until written
+        np.lib.format.open_memmap(images + ".new", "w+", np.uint8, shape)
+        os.replace(images + ".new", images)
+
+    given = read_triplets(options["triplets"])
+    jobs = [(root, folder, start, size, options["triplets"] if given else rules(),
+             given and [given(item) for item in items[start:start + CHUNK]],
+             items[start:start + CHUNK]) for start in range(0, len(items), CHUNK)]
+    pixels, reports = zip(*run_jobs(prepare_chunk, jobs, workers, "preparing"))
+    errors = [error for part in pixels for error in part["errors"]]
+    state = [s for part in reports for s in part["state"]]
+    for row, _, _ in errors:
+        splits[row] = "skipped"
+
+    raw = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
+    cell_names, cells_start, cells = join(reports)
+    truth_names, truth_start, truth = join([pack([[(*t, 1) for t in i.truth] for i in items])])
+    arrays = dict(shape=np.array([s for part in pixels for s in part["shapes"]], np.int32),
+                  splits=np.array([SPLITS.index(s) for s in splits], np.int8),
+                  has_report=np.array([s == "read" for s in state], bool),
+                  labels=settle_labels(raw, names, options["uncertain"]), cells_start=cells_start,
+                  cells=cells, truth_start=truth_start, truth=truth)
+    index = dict(label_names=names, cell_names=cell_names, truth_names=truth_names,
+                 ids=[i.id for i in items], paths=[i.path for i in items],
+                 patients=[i.patient for i in items],
+                 boxes={k: item.boxes for k, item in enumerate(items) if item.boxes},
+                 masks={k: item.masks for k, item in enumerate(items) if item.masks is not None})
+    write_json(os.path.join(folder, "receipt.json"), {})  # void until the rest is written
+    with open(os.path.join(folder, "arrays.npz.new"), "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(os.path.join(folder, "arrays.npz.new"), os.path.join(folder, "arrays.npz"))
+    write_json(os.path.join(folder, "index.json"), index)
+    write_split(os.path.join(folder, "split.csv"), items, splits)
+
+    digest = hashlib.sha256(json.dumps([index, [part["crc"] for part in pixels]]).encode())
+    for key in sorted(arrays):
+        digest.update(arrays[key].tobytes())
+    used = np.array(splits) != "skipped"
+    usable = [item for item, u in zip(items, used) if u]
+    values = cells[np.repeat(used, np.diff(cells_start)), 2]
+    skipped = collections.Counter([kind for kind, _ in problems] + [kind for _, kind, _ in errors])
+    unusable = sorted({items[row].path for row, _, _ in errors})
+    unusable = unusable[::1 + len(unusable) // 1000]  # a sample: half a download is 100,000 files
+    seconds = time.time() - began
+    receipt = dict(
+        dataset=dataset, root=root, folder=folder, size=size, views=options["views"],
+        rows=len(items), images=len(usable), skipped=dict(sorted(skipped.items())),
+        skipped_files=problems[:500] + [(kind, f"{items[row].path}: {why}")
+                                        for row, kind, why in errors[:500]],
+        patients=len({i.patient for i in usable}),
+        splits={name: splits.count(name) for name in SPLITS[:3]}, split_source=split_source,
+        reports=dict(collections.Counter(s for s, u in zip(state, used) if u)),
+        triplets=dict(source=options["triplets"], present=int((values == 1).sum()),
+                      denied=int((values == 0).sum())),
+        boxes=sum(len(i.boxes) for i in usable), masks=sum(bool(i.masks) for i in usable),
+        uncertain=options["uncertain"],
+        labels={name: dict(present=column.count(1), absent=column.count(0),
+                           uncertain=column.count(-1), blank=column.count(BLANK))
+                for name, column in zip(names, raw[used].T.tolist())},
+        seconds=round(seconds, 2), images_per_second=round(len(items) / max(seconds, 1e-9), 1),
+        workers=workers, fingerprint=digest.hexdigest()[:16], made_from=made_from,
+        files=sizes(folder), unusable=unusable, unusable_stamp=stamp(root, unusable))
+    write_json(os.path.join(folder, "receipt.json"), receipt)
+    return receipt
+
+
+def sizes(folder):
+    """Bytes of the cache's files; a truncated one shows."""
+    return {entry.name: entry.stat().st_size for entry in os.scandir(folder)
+            if entry.name in ("images.npy", "arrays.npz", "index.json")}
+
+
+def read_receipt(folder, root, made_from):
+    """The receipt of a finished cache that is up to date, else None."""
+    receipt = read_part(os.path.join(folder, "receipt.json"), made_from)
+    if receipt is None or receipt["files"] != sizes(folder):
+        return None
+    # what was missing or damaged may have been repaired since
+    return receipt if stamp(root, receipt["unusable"]) == receipt["unusable_stamp"] else None
 
 
 def load(dataset, root=None, *, size=None, views=None, cache_dir=None, workers=None,
@@ -877,11 +960,13 @@ def load(dataset, root=None, *, size=None, views=None, cache_dir=None, workers=N
     workers = cores() if workers is None else workers
     if not 16 <= size <= 4096:
         raise InputError(f"--prepared-size {size} is not in 16..4096")
-    if dataset == "synthetic" and not (os.path.isdir(root) and os.listdir(root)):
+    if dataset == "synthetic" and (not os.path.exists(root)
+                                   or os.path.isdir(root) and not os.listdir(root)):
         draw_synthetic(root, workers)
     root = find_root(dataset, root)
-    folder = os.path.join(cache_dir or root, dataset if cache_dir else "", f"prepared-{size}"
-                          + ("" if options["views"] == SOURCES[dataset].views else "-" + views))
+    other_views = "" if options["views"] == SOURCES[dataset].views else "-" + options["views"]
+    folder = os.path.join(cache_dir or root, dataset if cache_dir else "",
+                          f"prepared-{size}{other_views}")
     made_from = inputs(root, bool(cache_dir), dataset, size, options)
     receipt = read_receipt(folder, root, made_from)
     if receipt is None:
@@ -909,6 +994,23 @@ def where_and_how(dataset, root, views, split_file, uncertain, labels, triplets)
         labels=labels, triplets=triplets)
 
 
+def inputs(root, elsewhere, dataset, size, options):
+    """What the cache depends on, as far as a look from outside tells: label files and folders."""
+    names = sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(
+        (".csv", ".gz", ".zip", ".txt", ".json"))
+        or entry.is_dir() and not entry.name.startswith("prepared-"))
+    files = [os.path.abspath(options["split_file"])] if options["split_file"] else []
+    if options["triplets"] != "rules":
+        files += [os.path.abspath(options["triplets"])]
+    return (f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} "
+            f"{rules()} {stamp(root, names + files)}")
+
+
+def cores():
+    """The cores this process may use; a container's are fewer than the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def draw_synthetic(root, workers, count=12_500):
     """12,500 phantoms of 64 pixels, 10,000 of them for training; --root takes any other set."""
     print(f"drawing {count:,} synthetic radiographs into {root} (once)", file=sys.stderr)
@@ -928,142 +1030,12 @@ def hold(lock):
         pass
 
 
-def inputs(root, elsewhere, dataset, size, options):
-    """What the cache depends on, as far as a look from outside tells: label files and folders."""
-    names = sorted(entry.name for entry in os.scandir(root) if entry.name.endswith(
-        (".csv", ".gz", ".zip", ".txt", ".json"))
-        or entry.is_dir() and not entry.name.startswith("prepared-"))
-    files = [os.path.abspath(options["split_file"])] if options["split_file"] else []
-    if options["triplets"] != "rules":
-        files += [os.path.abspath(options["triplets"])]
-    return (f"{FORMAT} {root if elsewhere else ''} {dataset} {size} {json.dumps(options)} "
-            f"{rules()} {stamp(root, names + files)}")
-
-
-def rules():
-    """A digest of text.py: when its rules change the reports are read again, the images are not."""
-    with open(text.__file__, "rb") as file:
-        return hashlib.sha256(file.read()).hexdigest()
-
-
-def read_receipt(folder, root, made_from):
-    """The receipt of a finished cache that is up to date, else None."""
-    receipt = read_part(os.path.join(folder, "receipt.json"), made_from)
-    if receipt is None or receipt["files"] != sizes(folder):
-        return None
-    # what was missing or damaged may have been repaired since
-    return receipt if stamp(root, receipt["unusable"]) == receipt["unusable_stamp"] else None
-
-
-def sizes(folder):
-    """Bytes of the cache's files; a truncated one shows."""
-    return {name: os.path.getsize(os.path.join(folder, name))
-            for name in ("images.npy", "arrays.npz", "index.json")
-            if os.path.exists(os.path.join(folder, name))}
-
-
-def prepare(dataset, root, folder, size, workers, options, made_from):
-    """Reads the labels, runs the jobs, writes the cache and at last its receipt; returns that."""
-    began = time.time()
-    names, items, problems = read_items(dataset, root, options)
-    splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
-    if any(item.path.lower().endswith((".dcm", ".dicom")) for item in items):
-        need_pydicom(dataset)
-    images, shape = os.path.join(folder, "images.npy"), (len(items), size, size)
-    try:
-        fits = np.load(images, mmap_mode="r", allow_pickle=False).shape == shape
-    except (OSError, ValueError, EOFError):
-        fits = False
-    if not fits:
-        free = shutil.disk_usage(folder).free
-        if free < math.prod(shape):
-            raise InputError(f"{folder} needs {math.prod(shape) / 1e9:.1f} GB and the disk has "
-                             f"{free / 1e9:.1f} GB left; --cache-dir DIR puts it elsewhere")
-        np.lib.format.open_memmap(images, "w+", np.uint8, shape)  # takes no space until written
-
-    given = read_triplets(options["triplets"])
-    kind = options["triplets"] if given else rules()
-    jobs = [(root, folder, start, items[start:start + CHUNK], size, kind,
-             given and [given(item) for item in items[start:start + CHUNK]])
-            for start in range(0, len(items), CHUNK)]
-    parts = sorted(run_jobs(prepare_chunk, jobs, workers, "preparing"), key=lambda part: part[0])
-    shapes = [shape for _, pixels, _ in parts for shape in pixels["shapes"]]
-    errors = [error for _, pixels, _ in parts for error in pixels["errors"]]
-    state = [s for _, _, part in parts for s in part["state"]]
-    for row, _, _ in errors:
-        splits[row] = "skipped"
-
-    raw = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
-    cell_names, cells_start, cells = join([part for _, _, part in parts])
-    truth_names, truth_start, truth = join([pack([[(*t, 1) for t in i.truth] for i in items])])
-    arrays = dict(shape=np.array(shapes, np.int32).reshape(-1, 2),
-                  splits=np.array([SPLITS.index(s) for s in splits], np.int8),
-                  has_report=np.array([s == "read" for s in state], bool),
-                  labels=settle_labels(raw, names, options["uncertain"]), cells_start=cells_start,
-                  cells=cells, truth_start=truth_start, truth=truth)
-    index = dict(label_names=names, cell_names=cell_names, truth_names=truth_names,
-                 ids=[i.id for i in items], paths=[i.path for i in items],
-                 patients=[i.patient for i in items],
-                 boxes={k: item.boxes for k, item in enumerate(items) if item.boxes},
-                 masks={k: item.masks for k, item in enumerate(items) if item.masks is not None})
-    with open(os.path.join(folder, "arrays.npz.new"), "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(os.path.join(folder, "arrays.npz.new"), os.path.join(folder, "arrays.npz"))
-    write_json(os.path.join(folder, "index.json"), index)
-    write_split(os.path.join(folder, "split.csv"), items, splits)
-
-    digest = hashlib.sha256(json.dumps([index, [p["crc"] for _, p, _ in parts]]).encode())
-    for key in sorted(arrays):
-        digest.update(arrays[key].tobytes())
-    used = np.array(splits) != "skipped"
-    skipped = collections.Counter([kind for kind, _ in problems] + [kind for _, kind, _ in errors])
-    seconds = time.time() - began
-    unusable = sorted({items[row].path for row, _, _ in errors})
-    unusable = unusable[::1 + len(unusable) // 1000]  # a sample: half a download is 100,000 files
-    values = dict(present=1, absent=0, uncertain=-1, blank=BLANK)
-    receipt = dict(
-        dataset=dataset, root=root, folder=folder, size=size, views=options["views"],
-        rows=len(items), images=int(used.sum()), skipped=dict(sorted(skipped.items())),
-        skipped_files=problems[:500] + [(kind, f"{items[row].path}: {why}")
-                                        for row, kind, why in errors[:500]],
-        patients=len({i.patient for i, u in zip(items, used) if u}),
-        splits={name: splits.count(name) for name in SPLITS[:3]}, split_source=split_source,
-        reports=dict(collections.Counter(s for s, u in zip(state, used) if u)),
-        triplets=dict(source=options["triplets"], present=int((cells[:, 2] == 1).sum()),
-                      denied=int((cells[:, 2] == 0).sum())),
-        boxes=sum(len(i.boxes) for i in items), masks=sum(bool(i.masks) for i in items),
-        uncertain=options["uncertain"],
-        labels={name: {said: int((raw[used, k] == v).sum()) for said, v in values.items()}
-                for k, name in enumerate(names)},
-        seconds=round(seconds, 2), images_per_second=round(len(items) / max(seconds, 1e-9), 1),
-        workers=workers, fingerprint=digest.hexdigest()[:16], made_from=made_from,
-        files=sizes(folder), unusable=unusable, unusable_stamp=stamp(root, unusable))
-    write_json(os.path.join(folder, "receipt.json"), receipt)
-    return receipt
-
-
-def need_pydicom(dataset):
-    try:
-        import pydicom  # noqa: F401
-    except ImportError:
-        raise InputError(f"{SOURCES[dataset].name} comes as DICOM files: pip install 'pydicom>=3'")
-
-
-def write_split(path, items, splits):
-    """split.csv: `id,patient,split` of the usable images, the file that --split-file reads."""
-    with open(path + ".new", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("id", "patient", "split"))
-        writer.writerows((i.id, i.patient, s) for i, s in zip(items, splits) if s != "skipped")
-    os.replace(path + ".new", path)
-
-
 # ------------------------------------------------------------------------------------------------
 # The doctor
 
 def check_chunk(job):
-    """[(row, kind, what)] of the unusable images and reports of a job, and every file's hash."""
-    root, _, start, items = job
+    """([(row, kind, what)] of a job's unusable images and reports, [(hash, row)] of its files)."""
+    root, start, items = job
     found, hashes = [], []
     for row, item in enumerate(items, start):
         path = os.path.join(root, item.path)
@@ -1072,7 +1044,9 @@ def check_chunk(job):
             with open(path, "rb") as file:
                 hashes.append((hashlib.sha256(file.read()).hexdigest(), row))
         except Exception as error:
-            found.append((row, trouble(path), f"{item.path}: {error}"[:200]))
+            kind = trouble(path)
+            found.append((row, kind, item.path if kind == "missing"
+                          else f"{item.path}: {error}"[:200]))
         if item.report or item.note:
             state = report_cells(root, item)[1]
             if state != "read":
@@ -1086,21 +1060,17 @@ def check(dataset, root, options, workers, fix_list=None):
     _, items, problems = read_items(dataset, root, options)
     known = {os.path.normpath(item.path) for item in
              read_items(dataset, root, dict(options, views="all"))[1]}
-    if any(item.path.lower().endswith((".dcm", ".dicom")) for item in items):
-        need_pydicom(dataset)
     splits, split_source = settle_splits(items, SOURCES[dataset].made, options["split_file"])
-    jobs = [(root, None, start, items[start:start + CHUNK])
-            for start in range(0, len(items), CHUNK)]
-    bad, first = set(), {}
-    results = list(run_jobs(check_chunk, jobs, workers, "checking"))
-    for row, kind, what in sorted(f for found, _ in results for f in found):
-        problems.append((kind, what))
-        bad.add(row)
-    for digest, row in sorted((h for _, hashes in results for h in hashes), key=lambda h: h[1]):
-        if first.setdefault(digest, row) != row:
-            problems.append(("duplicate", f"{items[row].path} = {items[first[digest]].path}"))
+    jobs = [(root, start, items[start:start + CHUNK]) for start in range(0, len(items), CHUNK)]
+    bad, first, where = set(), {}, {}
+    for found, hashes in run_jobs(check_chunk, jobs, workers, "checking"):
+        for row, kind, what in found:
+            problems.append((kind, what))
             bad.add(row)
-    where = {}
+        for digest, row in hashes:
+            if first.setdefault(digest, row) != row:
+                problems.append(("duplicate", f"{items[row].path} = {items[first[digest]].path}"))
+                bad.add(row)
     for item, split in zip(items, splits):
         if where.setdefault(item.patient, split) != split:
             problems.append(("patient-leak", f"{item.patient}: {where[item.patient]}, {split}"))
@@ -1112,7 +1082,11 @@ def check(dataset, root, options, workers, fix_list=None):
         print(f"{kind:<18}{count:>8}   e.g. "
               + "; ".join(str(what) for k, what in problems if k == kind)[:160])
     if fix_list:
-        write_split(fix_list, items, ["skipped" if k in bad else s for k, s in enumerate(splits)])
+        splits = ["skipped" if k in bad else split for k, split in enumerate(splits)]
+        try:
+            write_split(fix_list, items, splits)
+        except OSError as error:
+            raise InputError(f"--fix-list {fix_list}: {error.strerror}")
         print(f"wrote the usable images to {fix_list}; --split-file {fix_list} uses only them")
     print("clean" if not problems else f"{len(problems)} problems")
     return len(problems)
@@ -1124,21 +1098,20 @@ def check(dataset, root, options, workers, fix_list=None):
 class Table:
     """N images of one data set, memory-mapped, with what is known about each.
 
-    images uint8 [N,S,S]; labels int8 [N,L] (1, 0, -1 unknown) of `label_names`, each with its
-    name in our vocabulary or None in `label_pathologies`; shape int32 [N,2] height and width of
-    the files; boxes [N] lists of (label, x, y, width, height) in fractions of the image; splits
-    [N]. A row whose file was unusable stays, black and in no split: row numbers are stable.
+    images uint8 [N,S,S]; ids, paths, patients [N]; splits [N]; labels int8 [N,L] (1, 0, -1
+    unknown) of `label_names`, each with its name in our vocabulary or None in `label_pathologies`;
+    shape int32 [N,2] height and width of the files; has_report bool [N], whether a report gave
+    any cell; boxes [N] lists of (label, x, y, width, height) in fractions of the image. A row
+    whose file was unusable stays, black and in no split: row numbers are stable.
     """
 
     def __init__(self, folder, root, receipt):
-        def path(name):
-            return os.path.join(folder, name)
-        with open(path("index.json")) as file:
+        with open(os.path.join(folder, "index.json")) as file:
             index = json.load(file)
-        arrays = np.load(path("arrays.npz"), allow_pickle=False)
+        arrays = np.load(os.path.join(folder, "arrays.npz"))
         self.dataset, self.receipt = receipt["dataset"], receipt
         self.root, self.folder = root, folder
-        self.images = np.load(path("images.npy"), mmap_mode="r", allow_pickle=False)  # [N,S,S]
+        self.images = np.load(os.path.join(folder, "images.npy"), mmap_mode="r")  # [N,S,S]
         self.size = self.images.shape[1]
         self.ids, self.paths, self.patients = index["ids"], index["paths"], index["patients"]
         self.splits = np.array(SPLITS)[arrays["splits"]]
@@ -1156,6 +1129,10 @@ class Table:
 
     def __len__(self):
         return len(self.ids)
+
+    def __reduce__(self):
+        """To another process goes where the images lie, not the images (25 GB of MIMIC)."""
+        return Table, (self.folder, self.root, self.receipt)
 
     def rows(self, split="all"):
         """Row numbers of a split, or of all usable images."""
@@ -1195,17 +1172,22 @@ class Table:
             dense[image[hit], row[hit], column[hit]] = now
         return dense
 
+    def located(self, i):
+        """The labels that boxes or masks locate in image i."""
+        return sorted({mark[0] for mark in (*self.boxes[i], *self._masks.get(int(i), ()))})
+
     def mask(self, i, label=None):
         """bool [H,W], the union of image i's masks (of one label); None where nobody drew any."""
         if i not in self._masks or label is not None and label not in self._masked:
             return None
         parts = []
         for name, kind, source, bit in self._masks[i]:
-            if label in (None, name) and kind == "rle":
+            if label not in (None, name):
+                continue
+            if kind == "rle":
                 parts.append(decode_rle(source))
-            elif label in (None, name):
-                with Image.open(os.path.join(self.root, source)) as image:
-                    part = np.asarray(image.convert("L"))
+            else:
+                part = read_image(os.path.join(self.root, source))
                 parts.append(part > 127 if bit < 0 else part >> bit & 1 > 0)
         return np.any(parts, 0) if parts else np.zeros(self.shape[i], bool)
 
@@ -1223,8 +1205,8 @@ class Batches(torch.utils.data.Dataset):
     """Training batches by global step number: step s is the same batch whenever it is asked for.
 
     batch_size is the global one; of its images rank r of `world` gets the r-th part. Each epoch
-    is a permutation seeded by (seed, epoch); what does not fill a batch waits for the next one.
-    Images without a usable report teach nothing and are left out. Item: {"images" uint8 [B,S,S],
+    is a permutation seeded by (seed, epoch), without its last images that fill no batch. Images
+    without a usable report teach nothing and are left out. Item: {"images" uint8 [B,S,S],
     "existence" int8 [B,n,m], "rows" int64 [B]}. Use with DataLoader(batches, batch_size=None,
     sampler=range(first_step, last_step)).
     """
@@ -1232,9 +1214,8 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, table, rows, batch_size, seed, pathologies, anatomies, rank=0, world=1):
         if batch_size % world:
             raise InputError(f"--batch-size {batch_size} is not a multiple of {world} processes")
-        start = table._cells[1]
         rows = np.asarray(rows)
-        self.row_numbers = rows[start[rows + 1] > start[rows]]
+        self.row_numbers = rows[table.has_report[rows]]
         if not len(self.row_numbers):
             raise InputError(f"{table.root}: no training image has a report with a usable triplet")
         self.table, self.batch_size, self.seed = table, batch_size, seed
@@ -1254,7 +1235,7 @@ class Batches(torch.utils.data.Dataset):
             self.epoch, self.order = epoch, shuffle.permutation(self.row_numbers)
         batch = self.order[step * self.batch_size:(step + 1) * self.batch_size]
         batch = np.resize(batch, self.batch_size)[self.part]  # fewer images than one batch: repeat
-        return {"images": torch.from_numpy(self.table.images[batch]),                # [B,S,S]
+        return {"images": torch.from_numpy(self.table.images[batch]),          # [B,S,S]
                 "existence": torch.from_numpy(
                     self.table.existence(batch, self.pathologies, self.anatomies)),  # [B,n,m]
                 "rows": torch.from_numpy(batch)}
@@ -1264,8 +1245,6 @@ class Batches(torch.utils.data.Dataset):
 # Augmentation, on whatever device the images are
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-OPS = ("identity", "autocontrast", "equalize", "brightness", "sharpness",
-       "shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
 def normalise(images):
@@ -1289,6 +1268,44 @@ def side_swap_index(anatomies):
     where the partner is not in the list."""
     position = {name: i for i, name in enumerate(anatomies)}
     return torch.tensor([position.get(text.swap_sides(name), -1) for name in anatomies])
+
+
+# Photometric operations: x float [b,S,S] in 0..255, factor [b] around 1; the same as Pillow's
+
+def autocontrast(x, factor):
+    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
+    return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1e-6)), x)
+
+
+def equalize(x, factor):
+    """The table is the running histogram in steps of (pixels - brightest bin) / 255."""
+    level = x.round().long().flatten(1)                                        # [b,S*S]
+    # whole numbers: on CUDA a cumulative sum of floats is not deterministic
+    histogram = level.new_zeros(len(x), 256).scatter_add_(1, level, torch.ones_like(level))
+    brightest = histogram.gather(1, level.amax(1, keepdim=True))
+    step = (level.shape[1] - brightest) // 255                                 # [b,1]
+    table = (histogram.cumsum(1) - histogram + step // 2) // step.clamp(min=1)
+    table = table.clamp(0, 255).to(x.dtype)
+    return torch.where(step[:, :, None] > 0, table.gather(1, level).view_as(x), x)
+
+
+def brightness(x, factor):
+    return (x * factor[:, None, None]).clamp(0, 255)
+
+
+def sharpness(x, factor):
+    """Away from (factor > 1) or towards the mean of a 3x3 with weight 5 on the centre."""
+    total = F.avg_pool2d(x[:, None], 3, stride=1)[:, 0] * 9
+    inner = x[:, 1:-1, 1:-1]
+    smooth = (total + 4 * inner) / 13
+    x = x.clone()
+    x[:, 1:-1, 1:-1] = (smooth + (inner - smooth) * factor[:, None, None]).clamp(0, 255)
+    return x
+
+
+PHOTOMETRIC = dict(autocontrast=autocontrast, equalize=equalize, brightness=brightness,
+                   sharpness=sharpness)
+OPS = ("identity", *PHOTOMETRIC, "shear_x", "shear_y", "translate_x", "translate_y", "rotate")
 
 
 def augment(images, existence, swap, generator, size, crop=(0.2, 1.0), flip="swap", ops=2,
@@ -1317,10 +1334,9 @@ def augment(images, existence, swap, generator, size, crop=(0.2, 1.0), flip="swa
     mirrored = there((draw(B) < 0.5) & (flip != "none"))
 
     choice = (draw(B, ops) * len(OPS)).long()
-    sign = torch.where(draw(B, ops) < 0.5, -1.0, 1.0)
-    share = sign * magnitude / 30
+    share = torch.where(draw(B, ops) < 0.5, -1.0, 1.0) * magnitude / 30  # of each op's range
     # A maps the output to the crop, in coordinates -1..1; torchvision's ranges
-    A = torch.eye(3).repeat(B, 1, 1)                                               # [B,3,3]
+    A = torch.eye(3).repeat(B, 1, 1)                                           # [B,3,3]
     for k in range(ops):
         op = {name: choice[:, k] == i for i, name in enumerate(OPS)}
         angle = torch.where(op["rotate"], share[:, k] * math.radians(30), 0.0)
@@ -1340,64 +1356,29 @@ def augment(images, existence, swap, generator, size, crop=(0.2, 1.0), flip="swa
         existence = torch.where(mirrored[:, None, None], existence[:, partner], existence)
     A, x0, y0, wide, high = map(there, (A, x0, y0, wide, high))
     wide = torch.where(mirrored, -wide, wide)
-    theta = torch.stack([A[:, 0] * wide[:, None], A[:, 1] * high[:, None]], 1)     # [B,2,3]
+    theta = torch.stack([A[:, 0] * wide[:, None], A[:, 1] * high[:, None]], 1)  # [B,2,3]
     theta[:, 0, 2] += x0
     theta[:, 1, 2] += y0
-    x = images[:, None].float()                                                    # [B,1,S,S]
+    x = images[:, None].float()                                                # [B,1,S,S]
     if S >= 2 * size:  # sampling every other pixel would alias
         x = F.avg_pool2d(x, S // size)
     # black outside the image, but its outer half pixels are not mixed with black
     S = x.shape[-1]
     x = F.pad(x, (1, 1, 1, 1), mode="replicate")
     # what F.affine_grid gives, at half its cost
-    line = ((torch.arange(size, device=device) * 2 + 1) / size - 1)[:, None]       # pixel centres
-    across, down, offset = (theta * (S / (S + 2)))[:, None].unbind(3)              # [B,1,2] each
-    grid = (across * line)[:, None] + (down * line + offset)[:, :, None]           # [B,size,size,2]
-    x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)[:, 0]         # [B,size,size]
+    line = ((torch.arange(size, device=device) * 2 + 1) / size - 1)[:, None]   # pixel centres
+    across, down, offset = (theta * (S / (S + 2)))[:, None].unbind(3)          # [B,1,2] each
+    grid = (across * line)[:, None] + (down * line + offset)[:, :, None]       # [B,size,size,2]
+    x = F.grid_sample(x, grid, mode="bilinear", align_corners=False)[:, 0]     # [B,size,size]
 
     for k in range(ops):
-        for i, name in enumerate(OPS[1:5], 1):
-            chosen = (choice[:, k] == i).nonzero()[:, 0]  # known on the CPU: no wait
+        for name, change in PHOTOMETRIC.items():
+            chosen = (choice[:, k] == OPS.index(name)).nonzero()[:, 0]  # known on the CPU: no wait
             if len(chosen):
                 factor = there(1 + 0.9 * share[chosen, k])
                 chosen = there(chosen)
-                x[chosen] = PHOTOMETRIC[name](x[chosen], factor)
+                x[chosen] = change(x[chosen], factor)
     return normalise(x), existence
-
-
-def autocontrast(x, factor):
-    low, high = x.amin((1, 2), keepdim=True), x.amax((1, 2), keepdim=True)
-    return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1e-6)), x)
-
-
-def equalize(x, factor):
-    """Pillow's: the table is the running histogram in steps of (pixels - brightest bin) / 255."""
-    level = x.round().long().flatten(1)                                            # [b,S*S]
-    # whole numbers: on CUDA a cumulative sum of floats is not deterministic
-    histogram = level.new_zeros(len(x), 256).scatter_add_(1, level, torch.ones_like(level))
-    brightest = histogram.gather(1, level.amax(1, keepdim=True))
-    step = (level.shape[1] - brightest) // 255                                     # [b,1]
-    table = (histogram.cumsum(1) - histogram + step // 2) // step.clamp(min=1)
-    table = table.clamp(0, 255).to(x.dtype)
-    return torch.where(step[:, :, None] > 0, table.gather(1, level).view_as(x), x)
-
-
-def brightness(x, factor):
-    return (x * factor[:, None, None]).clamp(0, 255)
-
-
-def sharpness(x, factor):
-    """Away from (factor > 1) or towards the mean of a 3x3 with weight 5 on the centre."""
-    total = F.avg_pool2d(x[:, None], 3, stride=1)[:, 0] * 9
-    inner = x[:, 1:-1, 1:-1]
-    smooth = (total + 4 * inner) / 13
-    x = x.clone()
-    x[:, 1:-1, 1:-1] = (smooth + (inner - smooth) * factor[:, None, None]).clamp(0, 255)
-    return x
-
-
-PHOTOMETRIC = dict(autocontrast=autocontrast, equalize=equalize, brightness=brightness,
-                   sharpness=sharpness)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1410,7 +1391,8 @@ def add_data_flags(parser):
     group.add_argument("--cache-dir", help="where prepared images go (default: inside the root)")
     group.add_argument("--prepared-size", type=int, help="pixels a side of the stored images "
                        "(default 256, synthetic 64; at least the image size)")
-    group.add_argument("--views", choices=("frontal", "all"))
+    group.add_argument("--views", choices=("frontal", "all"), help="default: frontal for chexpert, "
+                       "openi and covid-chestxray, else all")
     group.add_argument("--split-file", help="split.csv of ours or MedKLIP's RSNA test csv")
     group.add_argument("--uncertain", default="ignore",
                        choices=("ignore", "zeros", "ones", "gloria"),
@@ -1434,8 +1416,7 @@ def load_from_args(args):
 
 def print_receipt(receipt):
     for key, value in receipt.items():
-        if key in ("made_from", "unusable", "unusable_stamp", "skipped_files", "labels",
-                   "files"):
+        if key in ("made_from", "unusable", "unusable_stamp", "skipped_files", "labels", "files"):
             continue
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items()) or "none"
@@ -1454,11 +1435,14 @@ def parse_args(argv=None):
     add_data_flags(parser)
     parser.add_argument("--check", action="store_true",
                         help="read every file; exit status 0 only if all is well")
-    parser.add_argument("--fix-list", help="with --check: write the usable images to this file")
+    parser.add_argument("--fix-list", help="with --check: write the usable images to this file, "
+                        "for --split-file; an image with an empty report counts as unusable")
     return parser.parse_args(argv)
 
 
 def main(args):
+    if args.fix_list and not args.check:
+        raise InputError("--fix-list needs --check, which finds what to leave out")
     if not args.check:
         return print_receipt(load_from_args(args).receipt)
     root, options = where_and_how(args.dataset, args.root, args.views, args.split_file,
