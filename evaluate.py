@@ -135,7 +135,7 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     """(low, high): the central 95 % of a metric over n resamples of images, or of whole groups.
 
     metric: "auroc" (fast; of [N,L] the mean over classes) or a function of (labels, scores).
-    Resamples that lack a kind of label that the whole has are left out.
+    Resamples that lack a kind of (integer) label that the whole has are left out.
     """
     labels, scores = np.asarray(labels), np.asarray(scores)
     if metric == "auroc":
@@ -238,19 +238,27 @@ def relation_scores(truth, scores, anatomies):
 # ----------------------------------------------------------------------------- asking the model
 
 
+def encode(args, model, prompts):
+    """Text vectors [k,T] of new prompts, by --text-encoder or the encoder of the stored queries."""
+    encoder = args.text_encoder or (model.queries or {}).get("encoder", text.CLINICAL_BERT)
+    vectors = text.encode_text(prompts, encoder, args.cache_dir)
+    if vectors.shape[1] != model.config.text_dim:
+        raise InputError(f"the text encoder gives vectors of width {vectors.shape[1]}, the model "
+                         f"takes {model.config.text_dim}; use the one it was trained with")
+    return vectors
+
+
 def load_model(args):
     """The checkpoint in eval mode; one without stored queries is asked the published vocabulary."""
     model = MeDSLIP.from_pretrained(args.checkpoint, map_location=args.device).requires_grad_(False)
     if model.queries is None:
-        encoder = args.text_encoder or text.CLINICAL_BERT
         book = text.read_pathology_book(args.pathology_book) if args.pathology_book else None
-        model.queries = {"encoder": encoder}
-        for kind, names, prompts in (
-                ("pathology", text.PATHOLOGIES, text.pathology_prompts(text.PATHOLOGIES, book)),
-                ("anatomy", text.ANATOMIES, text.anatomy_prompts(text.ANATOMIES, published=True))):
-            model.queries[kind] = {"names": list(names), "prompts": prompts,
-                                   "text": text.encode_text(prompts, encoder, args.cache_dir)}
-    return model.to(args.device)
+        p, a = text.PATHOLOGIES, text.ANATOMIES
+        prompts = text.pathology_prompts(p, book), text.anatomy_prompts(a, published=True)
+        vectors = [encode(args, model, some) for some in prompts]
+        model.queries = {"pathology": {"names": list(p), "text": vectors[0]},
+                         "anatomy": {"names": list(a), "text": vectors[1]}}
+    return model
 
 
 def query_names(model):
@@ -276,11 +284,8 @@ def queries_for(model, labels, args):
         return (stored["text"], anatomy_text), columns, unseen
     prompts = [args.prompt or PROMPTS.get(label)
                or text.pathology_prompts([labels[label] or label])[0] for label in unseen]
-    extra = text.encode_text(prompts, args.text_encoder or model.queries["encoder"], args.cache_dir)
-    if extra.shape[1] != model.config.text_dim:
-        raise InputError(f"the text encoder gives vectors of width {extra.shape[1]}, the model "
-                         f"takes {model.config.text_dim}; use the one it was trained with")
     columns |= {label: len(stored["names"]) + k for k, label in enumerate(unseen)}
+    extra = encode(args, model, prompts)
     return (torch.cat([stored["text"].cpu(), extra]), anatomy_text), columns, unseen
 
 
@@ -405,10 +410,6 @@ def place_labels(table, rows, names):
     return (pair_labels(table, rows, names)[0] == 1).any(2).astype(np.int8)
 
 
-def validation_rows(args, table):
-    return table.rows("validate") if args.split == "test" else np.array([], int)
-
-
 def score_classes(args, table, rows, parts, gather):
     """One block of metrics for each part {title: names}; gather(rows) -> labels, scores [N,L].
 
@@ -417,8 +418,8 @@ def score_classes(args, table, rows, parts, gather):
     names = [name for part in parts.values() for name in part]
     labels, scores = gather(rows)
     best = classification_scores(labels, scores, names=names)["threshold"]
-    held, honest, source = validation_rows(args, table), best, args.split
-    if len(held):
+    held, honest, source = table.rows("validate"), best, args.split
+    if source == "test" and len(held):
         honest, source = classification_scores(*gather(held), names=names)["threshold"], "validate"
         blind = [name for name in names if honest[name] is None and best[name] is not None]
         honest |= dict.fromkeys(blind, 0.5)
@@ -493,11 +494,6 @@ def anatomy(args, model, table, rows):
     return blocks["anatomies"] | {"truth": pair_labels(table, rows[:1], names)[1]}, arrays, draw
 
 
-def located(table, i):
-    """The labels that boxes or masks locate in image i."""
-    return sorted({mark[0] for mark in (*table.boxes[i], *table._masks.get(int(i), ()))})
-
-
 def mask_of(table, i, label, target):
     """What is to be found in image i: the label's drawn mask, or its boxes filled; bool [H,W]."""
     mask = table.mask(i, label) if target == "mask" else None
@@ -522,15 +518,15 @@ def fixed_answers(table, rows, labels, target, size=64, most=3000):
 
     The mean mask over rows: its highest point, and the part of it that has the best mean Dice.
     """
-    masks = {label: [] for label in labels}
+    masks, answers = defaultdict(list), {}
     for i in rows[:most]:
-        for label in located(table, i):
+        for label in table.located(i):
             masks[label].append(shrink(mask_of(table, i, label, target), size))
-    answers = {}
-    for label, some in masks.items():
-        mean = np.mean(some or [np.ones((size, size))], axis=0)
+    for label in labels:
+        some = masks[label] or [np.ones((size, size), bool)]
+        mean = np.mean(some, axis=0)
         mean /= max(mean.max(), 1e-12)  # small masks can vanish between the cells
-        dice = np.mean([overlap(mean, mask, THRESHOLDS)[0] for mask in some or [mean > 0]], axis=0)
+        dice = np.mean([overlap(mean, mask, THRESHOLDS)[0] for mask in some], axis=0)
         answers[label] = mean, mean > THRESHOLDS[dice.argmax()]
     return answers
 
@@ -546,7 +542,7 @@ def locate(args, model, table, rows, texts, columns, thresholds):
     """Yields (row, label, mask, heat, Dice [K], IoU [K]) for each label located in an image."""
     for chunk, _, maps in predict(args, model, table, rows, texts, args.attention):
         for i, attention in zip(chunk, maps):
-            for label in located(table, i):
+            for label in table.located(i):
                 mask = mask_of(table, i, label, args.target)
                 if mask.any():
                     heat = heat_of(model, attention[columns[label]], mask.shape, args.image_size)
@@ -559,15 +555,16 @@ TRIVIAL = "random_point", "brightest_point", "fixed_point", "fixed_dice"
 
 def grounding(args, model, table, rows):
     """Where is it? Maps of the present findings against masks or boxes (Table IV, Fig. 7)."""
-    splits = {"train": table.rows("train"), "validate": validation_rows(args, table),
+    splits = {"train": table.rows("train"),
+              "validate": table.rows("validate") if args.split == "test" else (),
               args.split: rows}
-    splits = {split: [i for i in some if located(table, i)] for split, some in splits.items()}
+    splits = {split: [i for i in some if table.located(i)] for split, some in splits.items()}
     if not splits[args.split]:
         raise InputError(f"{table.dataset} has no boxes or masks in its {args.split} split; "
                          "grounding takes synthetic, rsna, nih or siim")
     vocabulary = dict(zip(table.label_names, table.label_pathologies))
     labels = {name: vocabulary.get(name, name)
-              for some in splits.values() for i in some for name in located(table, i)}
+              for some in splits.values() for i in some for name in table.located(i)}
     texts, columns, unseen = queries_for(model, labels, args)
     threshold, source = args.threshold, "--threshold"
     if threshold is None:

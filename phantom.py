@@ -14,12 +14,12 @@ the spine at x = 0. The patient's left is on the image's RIGHT, as on every radi
 
 S pixels a side. Boxes are (x, y, width, height) in pixels from the top left corner.
 """
+import concurrent.futures
 import csv
 import functools
 import gzip
 import io
 import json
-import multiprocessing
 import os
 import sys
 import textwrap
@@ -133,7 +133,7 @@ def rib_band(phase):
 
 
 def render_chest(c, rng):
-    """The film without findings, float32 [S, S]: air 0, lung near 0.25, tissue 0.6, metal 1."""
+    """The film without findings, float32 [S, S]: air 0, lung near 0.25, tissue from 0.6 on."""
     neck = c.x_abs - 0.22                             # > 0 on the shoulders
     body = ramp(c.y + 0.98 - np.minimum(0.45 * neck, 8 * neck), 0.16) * ramp(1.04 - c.x_abs, 0.12)
     film = body * (0.60 - 0.9 * np.maximum(c.x_abs - 0.72, 0) ** 2)             # thinner sides
@@ -159,7 +159,7 @@ def render_chest(c, rng):
 
 
 def hang_hardware(film, rng):
-    """Bright things that are no findings, in the frame of the film: side marker, ECG leads."""
+    """Metal that is no finding, above 1, in the frame of the film: side marker, ECG leads."""
     x, y = pixel_grid(film.shape[0])
     if rng.uniform() < 0.8:                           # the letter L beside the patient's left
         at, top = rng.uniform(0.80, 0.90), rng.uniform(-0.95, -0.70)
@@ -188,7 +188,7 @@ def side_of(anatomy):
 
 
 def place_in_lung(c, anatomy, radius):
-    """A centre (x, y) in the named zone, far enough from the wall for a lesion of this radius."""
+    """Centre x, y and side of a lesion in the named zone, at most a third of it in the wall."""
     side, rng = side_of(anatomy), c.rng
     low, high = ZONES[anatomy.split("_")[1]]
     y = rng.uniform(low, min(high, c.base[side] - 0.12))
@@ -439,7 +439,7 @@ def enlarge(mask, size):
 
 
 def develop(film, rng, size):
-    """Blur, grain, exposure and contrast: float [S, S] -> uint8 [size, size]."""
+    """Uneven exposure, grain, tone curve, blur: float [S, S] -> uint8 [size, size]."""
     gain, gamma, black = rng.uniform(0.85, 1.1), rng.uniform(0.8, 1.25), rng.uniform(0, 0.06)
     film = film + smooth_noise(rng, film.shape[0], 5) * 0.022
     grain = rng.random(film.shape, dtype=np.float32) - np.float32(0.5)
@@ -459,24 +459,25 @@ def develop(film, rng, size):
 
 # {where} is a place in words, {side} left or right, {amount} and {a} a word or nothing
 PATCH = ["{amount}{name} in the {where}.", "There is {amount}{name} in the {where}.",
-          "{where} {name}.", "{where} {name} is noted.", "{amount}{name} is seen in the {where}."]
+         "{where} {name}.", "{where} {name} is noted.", "{amount}{name} is seen in the {where}."]
 BALL = ["{a} {name} in the {where}.", "There is a {name} in the {where}.", "{where} {name}.",
-         "A {name} projects over the {where}."]
+        "A {name} projects over the {where}."]
 STATED = {
-    "effusion": ["{amount}{side} pleural effusion.", "There is a {amount}{side} pleural effusion.",
-                 "{amount}pleural effusion on the {side}.",
-                 "{amount}{side}-sided pleural effusion is seen.",
-                 "Blunted {side} costophrenic angle from a {side} pleural effusion."],
-    "pneumothorax": ["{amount}{side} apical pneumothorax.",
-                     "{side} apical pneumothorax is present.",
-                     "There is a {amount}{side} apical pneumothorax.",
-                     "{amount}pneumothorax at the {side} apex."],
+    "effusion": [
+        "{amount}{side} pleural effusion.", "There is a {amount}{side} pleural effusion.",
+        "{amount}pleural effusion on the {side}.", "{amount}{side}-sided pleural effusion is seen.",
+        "Blunted {side} costophrenic angle from a {side} pleural effusion."],
+    "pneumothorax": [
+        "{amount}{side} apical pneumothorax.", "{side} apical pneumothorax is present.",
+        "There is a {amount}{side} apical pneumothorax.",
+        "{amount}pneumothorax at the {side} apex."],
     "consolidation": PATCH, "opacity": PATCH, "pneumonia": PATCH, "nodule": BALL, "mass": BALL,
-    "atelectasis": ["{side} basilar atelectasis.", "{amount}atelectasis at the {side} lung base.",
-                    "Plate-like atelectasis in the {where}.",
-                    "There is {amount}atelectasis at the {side} base."],
-    "cardiomegaly": ["{amount}cardiomegaly.", "There is {amount}cardiomegaly.",
-                     "Cardiomegaly is present."],
+    "atelectasis": [
+        "{side} basilar atelectasis.", "{amount}atelectasis at the {side} lung base.",
+        "Plate-like atelectasis in the {where}.",
+        "There is {amount}atelectasis at the {side} base."],
+    "cardiomegaly": [
+        "{amount}cardiomegaly.", "There is {amount}cardiomegaly.", "Cardiomegaly is present."],
     "edema": ["Bilateral perihilar edema.", "There is {amount}perihilar edema on both sides.",
               "{amount}bilateral perihilar pulmonary edema."],
     "fracture": ["Displaced {side} rib fracture.", "There is a rib fracture on the {side}.",
@@ -485,11 +486,11 @@ STATED = {
              "There is a {side} pleural tube."],
     "trachea": ["Endotracheal tube in the trachea.", "An endotracheal tube is in the trachea.",
                 "There is a tube in the trachea."],
-    "elevation": ["Elevation of the {side} hemidiaphragm.", "The {side} hemidiaphragm is elevated.",
-                  "There is elevation of the {side} hemidiaphragm.",
-                  "Elevated {side} hemidiaphragm."],
-    "covid-19": ["Peripheral opacities at both lung bases.",
-                 "There are bilateral basilar opacities."]}
+    "elevation": [
+        "Elevation of the {side} hemidiaphragm.", "The {side} hemidiaphragm is elevated.",
+        "There is elevation of the {side} hemidiaphragm.", "Elevated {side} hemidiaphragm."],
+    "covid-19": [
+        "Peripheral opacities at both lung bases.", "There are bilateral basilar opacities."]}
 HEDGED = ["Possible {name} in the {where}.", "{name} in the {where} cannot be excluded."]
 DENIED = {"effusion": "pleural effusion", "opacity": "focal opacity", "edema": "pulmonary edema",
           "consolidation": "focal consolidation", "fracture": "rib fracture",
@@ -556,7 +557,7 @@ def dictate(rng, cells):
     seen, impression = " ".join(seen[i] for i in rng.permutation(len(seen))), " ".join(impression)
 
     reason = pick(rng, "cough", "fever", "shortness of breath", "chest pain", "hypoxia", "fall")
-    fear = pick(rng, "pneumonia", "effusion", "pneumothorax", "acute process")  # no finding
+    fear = pick(rng, "pneumonia", "effusion", "pneumothorax", "acute process")  # asked, not seen
     sections = [("EXAMINATION", pick(rng, "CHEST (PORTABLE AP)", "CHEST RADIOGRAPH", "Chest PA")),
                 ("INDICATION", f"___{pick(rng, 'F', 'M')} with {reason}.  Evaluate for {fear}.")]
     if rng.uniform() < 0.5:
@@ -589,15 +590,13 @@ def lay_out(sections):
 
 
 class Film(types.SimpleNamespace):
-    """Whose image, what to draw and where to write it; plan() gives seed, size, index, patient,
-    visit, split, age, sex and view, a writer gives image, the path, and may change what is below.
+    """Whose image, what to draw, where to write it. plan() gives seed, size, index, patient, visit,
+    split, age, sex and view; a writer gives image, its path, and what of the below is not as usual;
     make() adds what the label files need: cells, boxes, mentions, sections, rle."""
-    among = None                                # choose the findings from these pathologies alone
-    sure = (None, 0)                            # (pathology, in this share of the films it is sure)
-    mode, shape = "L", None                     # of the image file: Pillow's; (height, width)
-    raw = False                                 # see save_dicom
-    report = bits = mask = lungs = None         # paths of other files, if they are wanted
-    of = None                                   # the pathology whose masks are written; None: all
+    among, sure = None, (None, 0)           # draw these pathologies only; this one at this rate
+    mode, shape, raw = "L", None, False     # of the file: Pillow's, (height, width), `save_dicom`'s
+    report = bits = mask = lungs = None     # paths of other files, where they are wanted
+    of = None                               # the pathology whose masks are written; None: all
 
 
 def plan(count, seed, size):
@@ -678,8 +677,7 @@ def save_dicom(film, image):
     film.raw: 12 bits in 16, MONOCHROME1, uncompressed, rescaled, windowed, as hospitals send it.
     """
     import pydicom
-    from pydicom import uid
-    from pydicom.encaps import encapsulate
+    from pydicom import encaps, uid
     tags = dict(
         SpecificCharacterSet="ISO_IR 100", SOPClassUID=uid.SecondaryCaptureImageStorage,
         StudyInstanceUID=film.uids[0], SeriesInstanceUID=film.uids[1], SOPInstanceUID=film.uids[2],
@@ -701,7 +699,7 @@ def save_dicom(film, image):
         tags |= dict(PhotometricInterpretation="MONOCHROME2", BitsAllocated=8, BitsStored=8,
                      HighBit=7, LossyImageCompression="01",
                      LossyImageCompressionMethod="ISO_10918_1",
-                     PixelData=encapsulate([jpeg.getvalue()]))
+                     PixelData=encaps.encapsulate([jpeg.getvalue()]))
     file = pydicom.Dataset()
     file.file_meta = pydicom.dataset.FileMetaDataset()
     file.file_meta.TransferSyntaxUID = (
@@ -719,8 +717,11 @@ def run_all(films, workers):
         return list(tqdm(done, "drawing", len(films), unit="image", disable=len(films) < 1000))
     if workers <= 1 or len(films) < 32:
         return bar(map(make, films))
-    with multiprocessing.Pool(workers) as pool:
-        return bar(pool.imap(make, films, chunksize=min(32, max(1, len(films) // workers))))
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        try:
+            return bar(pool.map(make, films, chunksize=min(32, max(1, len(films) // workers))))
+        except concurrent.futures.BrokenExecutor:
+            raise InputError("a worker was killed, perhaps for want of memory: use fewer --workers")
 
 
 def with_folder(path):
@@ -816,15 +817,14 @@ def write_nih(root, films, run, variant):
         f.name = f"{f.patient + 1:08d}_{f.visit:03d}.png"
         folder = f"images_{1 + 12 * f.index // len(films):03d}/" if kaggle else ""
         f.image, f.mode = f"{root}/{folder}images/{f.name}", "RGBA" if f.index % 40 == 7 else "L"
-    films, entries = run(films), []
-    for f in films:
-        labels = dict.fromkeys(NIH[p] for p, _ in f.cells if p in NIH)
-        entries.append((f.name, "|".join(labels) or "No Finding", f.visit, f.patient + 1, f.age,
-                        f.sex, f.view, 2500, 2048, 0.168, 0.168))
+    films = run(films)
     name, sex = ("", "Gender") if kaggle else ("_v2020", "Sex")
     write_csv(f"{root}/Data_Entry_2017{name}.csv",    # the header has brackets and a field too many
               f"Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {sex},"
-              "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],", entries)
+              "View Position,OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y],",
+              [(f.name, "|".join(dict.fromkeys(NIH[p] for p, _ in f.cells if p in NIH))
+                or "No Finding", f.visit, f.patient + 1, f.age, f.sex, f.view, 2500, 2048, 0.168,
+                0.168) for f in films])
     write_csv(f"{root}/BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,",
               [(f.name, NIH[p].replace("Infiltration", "Infiltrate"),
                 *(v * 1024 / f.size for v in box))
@@ -940,18 +940,17 @@ def write_chexpert(root, films, run, variant):
                   "view1_frontal.jpg")
         f.image, short = f"{root}/{f.path}", round(0.82 * f.size)
         f.shape = (f.size, short) if f.index % 3 == 0 else (short, f.size)
-    films = run(films)
-    for part in ("train", "valid"):
-        lines = []
-        for f in (f for f in films if f.part == part):
-            values = chexpert_values(f.mentions)
-            if part == "valid":                       # read by radiologists from the film itself
-                drawn = {p for p, _ in f.cells}
-                values = {k: f"{int(bool(drawn & looks))}.0" for k, looks in CHEXPERT.items()}
-                values["No Finding"] = f"{int(not drawn - {'tube'})}.0"
-            lines.append([f.path, {"M": "Male", "F": "Female"}[f.sex], f.age, "Frontal", f.view,
-                          *(values[label] for label in header.split(",")[5:])])
-        write_csv(f"{root}/{release}/{part}.csv", header, lines)
+    lines = {"train": [], "valid": []}
+    for f in run(films):
+        values = chexpert_values(f.mentions)
+        if f.part == "valid":                         # read by radiologists from the film itself
+            drawn = {p for p, _ in f.cells}
+            values = {k: f"{int(bool(drawn & looks))}.0" for k, looks in CHEXPERT.items()}
+            values["No Finding"] = f"{int(not drawn - {'tube'})}.0"
+        lines[f.part].append([f.path, {"M": "Male", "F": "Female"}[f.sex], f.age, "Frontal", f.view,
+                              *(values[label] for label in header.split(",")[5:])])
+    for part, rows in lines.items():
+        write_csv(f"{root}/{release}/{part}.csv", header, rows)
 
 
 MESH = {"opacity": "Opacity/lung", "atelectasis": "Pulmonary Atelectasis", "mass": "Mass/lung",
@@ -975,10 +974,10 @@ def write_openi(root, films, run, variant):
     kaggle = variant == "kaggle"
     for f in films:
         f.uid = f.index + 1
-        f.stem = f"{f.uid}_IM-{f.uid:04d}-1001"
-        f.stem = f"{f.stem}.dcm" if kaggle else f"CXR{f.stem}"
-        f.image = f"{root}/{'images/images_normalized' if kaggle else 'NLMCXR_png'}/{f.stem}.png"
-        f.shape = (round(f.size * 1.2), f.size)
+        stem, f.shape = f"{f.uid}_IM-{f.uid:04d}-1001", (round(f.size * 1.2), f.size)
+        folder, f.stem = (("images/images_normalized", f"{stem}.dcm") if kaggle else
+                          ("NLMCXR_png", f"CXR{stem}"))
+        f.image = f"{root}/{folder}/{f.stem}.png"
     films, parts = run(films), ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION")
     for f in films:
         f.said = [f.sections.get(part, "").replace("___", "XXXX") for part in parts]

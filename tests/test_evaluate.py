@@ -104,6 +104,9 @@ class FakeTable(SimpleNamespace):
     def rows(self, split):
         return np.array({"validate": [0, 1], "test": [2, 3, 4]}.get(split, []), int)
 
+    def located(self, i):
+        return sorted({box[0] for box in self.boxes[i]})
+
 
 def test_thresholds_come_from_validation():
     """Validation puts the threshold at .9, which misses the .8 of the test; the best is .8. The
@@ -173,8 +176,7 @@ def test_boxes_and_fixed_answers_by_pencil():
     """Two boxes of 2 x 2 pixels and one of 2 x 1: their mean is highest in the upper row, and all
     four pixels (Dice 1, 1, 2/3) beat the upper row alone (2/3, 2/3, 1)."""
     boxes = [[("a", 0, 0, 0.5, 0.5)], [("a", 0, 0, 0.5, 0.5)], [("a", 0, 0, 0.5, 0.25)]]
-    table = FakeTable(boxes=boxes, _masks={}, shape=np.full((3, 2), 4), mask=lambda i, label: None)
-    assert evaluate.located(table, 0) == ["a"]
+    table = FakeTable(boxes=boxes, shape=np.full((3, 2), 4), mask=lambda i, label: None)
     assert np.argwhere(evaluate.mask_of(table, 2, "a", "mask")).tolist() == [[0, 0], [0, 1]]
     answers = evaluate.fixed_answers(table, [0, 1, 2], ["a", "never seen"], "mask", size=4)
     mean, region = answers["a"]
@@ -397,6 +399,13 @@ def test_a_mistake_is_one_line_and_status_2(folder):
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2 and "python train.py" in done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("evaluate.py: ")
+
+
+def test_an_encoder_of_another_width_is_refused():
+    args = evaluate.parse_args(["--task", "relation", "--text-encoder", "hashing"])
+    model = SimpleNamespace(config=SimpleNamespace(text_dim=384), queries=None)
+    with pytest.raises(InputError, match="width 768, the model takes 384"):
+        evaluate.encode(args, model, ["A broken wire."])
 
 
 def test_a_folder_of_broken_images(folder, tmp_path):

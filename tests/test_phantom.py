@@ -1,8 +1,12 @@
-"""The drawings, their reports, and the folders of every layout; each test draws what it needs."""
+"""Proves that findings lie where their names say and trivial answers do not find them, that the
+rules read each report as it was meant, and that every layout has its publisher's names and quirks.
+
+Each test draws what it needs."""
 import csv
 import filecmp
 import gzip
 import json
+import multiprocessing
 import os
 import pathlib
 import re
@@ -177,6 +181,17 @@ def test_bytes_do_not_depend_on_the_workers(tmp_path):
     for workers in (1, 2):
         write("mimic", tmp_path / str(workers), 40, workers=workers)
     assert trees_equal(tmp_path / "1", tmp_path / "2")
+
+
+def killed(film):
+    assert multiprocessing.parent_process()           # never the process of the tests
+    os._exit(1)
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(phantom, "make", killed)
+    with pytest.raises(InputError, match="worker was killed"):
+        write("mimic", tmp_path / "m", 40, workers=2)
 
 
 def test_mimic(tmp_path):
