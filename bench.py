@@ -8,9 +8,9 @@
 Every case runs in a process of its own, so that its peak memory is its own. Sizes are the paper's
 (ResNet-50 up to layer3, 224 pixels, 75 pathologies, 51 anatomies) unless flags say otherwise.
 On a GPU fp32 means TF32. Seconds are medians of wall-clock time after a warm-up step; peak MB is
-the whole process with PyTorch's 0.5 GB on a CPU, tensors alone on a GPU. `busy` is the share of the
-threads' time that the case was given: where a full step on a few threads has less than 0.8,
-something else was running and the seconds mean little.
+the whole process with the 0.7 GB of its imports on a CPU, tensors alone on a GPU. `busy` is the
+share of the threads' time that the case was given: where a full step on a few threads has less than
+0.8, something else was running and the seconds mean little.
 
 A step is forward, losses, backward, clipping and AdamW on images that are already augmented; the
 data pipeline has rows of its own: add them on a CPU; with a GPU the reading runs beside the step.
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from evaluate import pick_device
 from losses import icl_loss, medslip_loss, proto_loss
 from model import MeDSLIP, MeDSLIPConfig
 from text import InputError, Parser
@@ -282,13 +283,9 @@ def config_of(args):
 
 # -------------------------------------------------------------------------------------- measurement
 
-def pick_device(args):
+def set_up(args):
     """The device, set up as train.py sets it up."""
-    try:
-        device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {args.device} is none that PyTorch can use here; leave it out")
+    device = pick_device(args.device)
     torch.set_num_threads(args.threads)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -298,7 +295,7 @@ def pick_device(args):
 
 def measure(args):
     """One case in this process -> {seconds, images_per_s, busy, peak_mb, ...}."""
-    device = pick_device(args)
+    device = set_up(args)
     build = {"inference": inference_case, "losses": losses_case, "loop": losses_case,
              "data": data_case, "jpeg": jpeg_case}.get(args.case, step_case)
     step = build(args, device)
@@ -485,7 +482,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    device = pick_device(args)
+    device = set_up(args)
     if args.steps is None:
         args.steps = 20 if device.type == "cuda" else 3
     if min(args.batch_size, args.steps, args.threads) < 1:

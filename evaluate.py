@@ -238,6 +238,17 @@ def relation_scores(truth, scores, anatomies):
 # ----------------------------------------------------------------------------- asking the model
 
 
+def pick_device(name=None):
+    """torch.device of --device; where that was left out cuda if there is one, else cpu."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name} is none that PyTorch can use here; "
+                         "leave it out") from None
+    return torch.device(name)
+
+
 def encode(args, model, prompts):
     """Text vectors [k,T] of new prompts, by --text-encoder or the encoder of the stored queries."""
     encoder = args.text_encoder or (model.queries or {}).get("encoder", text.CLINICAL_BERT)
@@ -946,11 +957,7 @@ def main(args):
     if min(1 if v is None else v
            for v in (args.batch_size, args.bootstrap, args.limit, args.image_size)) < 1:
         raise InputError("--batch-size, --bootstrap, --limit, --image-size: at least 1")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {args.device} is none that PyTorch can use here; "
-                         "leave it out") from None
+    pick_device(args.device)
     if args.task == "predict":
         if not args.image:
             raise InputError("--task predict needs --image FILE_OR_DIR")

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from data import DATASETS, InputError, Parser, add_data_flags, load_from_args, to_input
 from evaluate import (THRESHOLDS, bootstrap_ci, canvas, classification_scores, finish, overlap,
-                      print_table, replacing, score_classes, shrink)
+                      pick_device, print_table, replacing, score_classes, shrink)
 from model import (CheckpointError, MeDSLIP, MeDSLIPConfig, Residual, build_backbone,
                    read_checkpoint)
 
@@ -117,10 +117,7 @@ def resolve(given):
     args = argparse.Namespace(**{**vars(args), **preset, "backbone": encoder.backbone,
                                  "image_size": size, **given})
     args.device = given.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=args.device)
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {args.device} is none that PyTorch can use here; leave it out")
+    pick_device(args.device)
     for name in ("seed", "lr", "min_lr", "weight_decay", "warmup_epochs"):
         if not getattr(args, name) >= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)} is below 0")

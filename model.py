@@ -151,6 +151,7 @@ class QueryLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
         self.self_attention = Attention(dim, heads, dropout)
         self.cross_attention = Attention(dim, heads, dropout)
+        # dropout before ReLU gives the same as after it, and lets ReLU work in place
         self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.Dropout(dropout),
                                  nn.ReLU(inplace=True), nn.Linear(4 * dim, dim))
         self.dropout = nn.Dropout(dropout)
