@@ -507,19 +507,19 @@ def main(args):
         raise InputError(f"--cases {', '.join(sorted(unknown))}: choose among {', '.join(CASES)}")
     print(f"{machine(device)}, {args.threads} threads; batch {args.batch_size}, {args.image_size} "
           f"pixels, {args.pathologies} + {args.anatomies} queries")
-    work = print_costs(config_of(args), args.pathologies, args.anatomies, args.batch_size,
-                       device)
     report = {"machine": machine(device), "args": vars(args)}
+    results = []
     if args.figure:
         report["growth"] = growth(args, args.figure, device)
     else:
-        print()
-        results = []
         for case in chosen:
             if case in (CPU_ONLY if device.type == "cuda" else GPU_ONLY):
                 continue
             print(f"running {case} ...", end="\r", file=sys.stderr)
             results.append(in_process(args, case))
+    # after the cases, for a process starts with the peak memory of the one that it is forked from
+    work = print_costs(config_of(args), args.pathologies, args.anatomies, args.batch_size, device)
+    if results:
         print_results(results, work, device)
         report["results"] = results
     out.write_text(json.dumps(report, indent=1))

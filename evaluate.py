@@ -512,7 +512,7 @@ def mask_of(table, i, label, target):
         height, width = (int(v) for v in table.shape[i])
         mask = np.zeros((height, width), bool)
         for x, y, w, h in (box[1:] for box in table.boxes[i] if box[0] == label):
-            top, left = int(y * height), int(x * width)
+            top, left = round(y * height), round(x * width)
             bottom, right = round((y + h) * height), round((x + w) * width)
             mask[top:max(bottom, top + 1), left:max(right, left + 1)] = True
     return mask

@@ -947,10 +947,13 @@ def encode_text(prompts, encoder, cache_dir=None):
     else:
         vectors = _bert_vectors(prompts, str(encoder))
     if path is not None:
-        os.makedirs(cache_dir, exist_ok=True)
-        with open(f"{path}.{os.getpid()}", "wb") as file:
-            np.save(file, vectors)
-        os.replace(file.name, path)  # by rename: other ranks never see half a file
+        try:
+            os.makedirs(cache_dir, exist_ok=True)
+            with open(f"{path}.{os.getpid()}", "wb") as file:
+                np.save(file, vectors)
+            os.replace(file.name, path)  # by rename: other ranks never see half a file
+        except OSError:  # a cache shared read-only, or full: the vectors are still at hand
+            warnings.warn(f"text vectors cannot be kept in {cache_dir}; they are made each time")
     return torch.from_numpy(vectors)
 
 
@@ -978,7 +981,7 @@ def _bert_vectors(prompts, encoder, batch=32):
         raise InputError(f"text encoder {encoder!r} cannot be loaded ({reason}); give the folder "
                          "of a downloaded model, or --text-encoder hashing, which needs none"
                          ) from None
-    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
     cut = sum(len(ids) > limit for ids in tokenizer(prompts, verbose=False)["input_ids"])
     if cut:
         warnings.warn(f"{cut} prompts are longer than the {limit} tokens of {encoder} and are cut")

@@ -178,6 +178,9 @@ def test_boxes_and_fixed_answers_by_pencil():
     boxes = [[("a", 0, 0, 0.5, 0.5)], [("a", 0, 0, 0.5, 0.5)], [("a", 0, 0, 0.5, 0.25)]]
     table = FakeTable(boxes=boxes, shape=np.full((3, 2), 4), mask=lambda i, label: None)
     assert np.argwhere(evaluate.mask_of(table, 2, "a", "mask")).tolist() == [[0, 0], [0, 1]]
+    thin = FakeTable(boxes=[[("b", 0.29, 0, 0.28, 1)]], shape=np.array([[1, 100]]))
+    found = np.argwhere(evaluate.mask_of(thin, 0, "b", "box"))[:, 1]
+    assert found.tolist() == list(range(29, 57))  # although 0.29 * 100 is below 29
     answers = evaluate.fixed_answers(table, [0, 1, 2], ["a", "never seen"], "mask", size=4)
     mean, region = answers["a"]
     assert np.allclose(mean[:2, :2], [[1, 1], [2 / 3, 2 / 3]]) and mean.sum() == pytest.approx(10/3)

@@ -19,7 +19,7 @@ import torch.nn as nn
 import torchvision
 
 from losses import existence_loss, icl_loss, image_labels, medslip_loss, proto_loss
-from model import MeDSLIP, MeDSLIPConfig, position_embedding
+from model import Dropout, MeDSLIP, MeDSLIPConfig, position_embedding
 
 SMALL = dict(backbone="small", image_size=32, dim=16, layers=2, heads=2, text_dim=24)
 
@@ -319,6 +319,34 @@ def test_every_parameter_learns_and_the_text_does_not(changes):
     assert not idle
     assert not p_text.requires_grad and not a_text.requires_grad
     assert not any("text" in k and "projection" not in k for k, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share_and_the_mean(p):
+    """Shares within four standard deviations, also among neighbours: 64 bits decide of four."""
+    torch.manual_seed(0)
+    dropout, x = Dropout(p), torch.full((401, 997), 3.0, requires_grad=True)  # not a multiple of 4
+    y = dropout(x)
+    kept, number = y != 0, x.numel()
+    assert torch.allclose(y[kept], torch.tensor(3 / (1 - p)))
+    assert abs(kept.float().mean() - (1 - p)) < 4 * (p * (1 - p) / number) ** 0.5
+    for shift in (1, 2, 3, 997):
+        both = (kept.flatten()[shift:] & kept.flatten()[:-shift]).float().mean()
+        assert abs(both - (1 - p) ** 2) < 4 * ((1 - p) ** 2 / number) ** 0.5
+    y.sum().backward()
+    assert torch.allclose(x.grad, kept / (1 - p))
+    torch.manual_seed(0)
+    assert (dropout(x) == y).all() and (dropout(x) != y).any()
+    assert dropout.eval()(x) is x and Dropout(0.0)(x) is x
+    assert dropout.train()(x[:0]).shape == (0, 997)
+
+
+def test_dropout_saves_a_byte_an_element():
+    saved, x = [], torch.ones(64, 100, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t,
+                                                  lambda t: t):
+        Dropout(0.1)(x)
+    assert sum(saved) == x.numel()
 
 
 def test_start_from():

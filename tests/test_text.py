@@ -511,6 +511,13 @@ def test_hashing_vectors_are_unit_length_and_cached(tmp_path, monkeypatch):
         encode_text(["other words"], "hashing", tmp_path / "c")
 
 
+def test_vectors_come_also_where_they_cannot_be_kept(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        vectors = encode_text(["left lung"], "hashing", tmp_path / "file" / "c")
+    assert (vectors == encode_text(["left lung"], "hashing")).all()
+
+
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
