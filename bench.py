@@ -346,9 +346,8 @@ def in_process(args, case, **changes):
     command = [sys.executable, __file__] + [
         f"--{k.replace('_', '-')}={v}" for k, v in flags.items()
         if k not in ("figure", "cases", "out_dir") and v is not None]
-    # glibc gives what is above this size back to the system as soon as it is freed. By itself it
-    # keeps up to 32 MB in a heap that fragments; pages that come back must be cleared, which takes
-    # time
+    # glibc gives blocks above this size back to the system as soon as they are freed; by itself it
+    # keeps those up to 32 MB in a heap that fragments. The price: new pages must be cleared
     lean = {"MALLOC_MMAP_THRESHOLD_": "1000000"} if case == "lean" else {}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=args.patience,

@@ -323,7 +323,8 @@ def test_every_parameter_learns_and_the_text_does_not(changes):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
 def test_dropout_keeps_its_share_and_the_mean(p):
-    """Shares within four standard deviations, also among neighbours: 64 bits decide of four."""
+    """The share that is kept, also of pairs, for one draw of 64 bits decides of four neighbours;
+    both within about four standard deviations."""
     torch.manual_seed(0)
     dropout, x = Dropout(p), torch.full((401, 997), 3.0, requires_grad=True)  # not a multiple of 4
     y = dropout(x)
