@@ -11,11 +11,11 @@ Differs from the paper:
   passed the linear layer h_T.
 - ProtoCL's prototype stands in the denominator of Eq. 4 as well (as released): as printed the loss
   has no lower bound.
-- unmentioned="ignore", the released recipe and the default here, scores only what a report states;
-  unmentioned="negative", the paper and train.py's default, makes all that is not stated negative.
-Differs from the released code: nothing in the values. Its prototypes come from a loop over batch x
-queries on tensors [B,n,m,T]; a dot product with a mean is the mean of dot products, so one matrix
-[B,q,k] carries it all.
+Differs from the released code:
+- unmentioned="negative", as in the paper: what a report does not state as present is negative.
+  The released code scores only what a report states (unmentioned="ignore").
+- Its prototypes come from a loop over batch x queries on tensors [B,n,m,T]. A dot product with a
+  mean is the mean of dot products, so here one matrix [B,q,k] carries it all; values are equal.
 """
 import torch
 import torch.nn.functional as F
@@ -29,21 +29,19 @@ def image_labels(existence):
     return over(1), over(2)
 
 
-def masked_mean(values, keep, count=None):
-    """Mean of `values` where `keep`, 0 if nowhere; `count` (loss_counts) replaces their number."""
-    count = keep.sum() if count is None else count
-    # not clamped to 1: a global count over the number of parts may be a fraction
-    return torch.where(keep, values, 0).sum() / torch.as_tensor(count).clamp(min=1e-9)
+def masked_mean(values, keep):
+    """Mean of `values` where `keep`; 0 where nothing is kept."""
+    return torch.where(keep, values, 0).sum() / keep.sum().clamp(min=1)
 
 
-def existence_loss(logits, labels, count=None):
+def existence_loss(logits, labels):
     """Eq. 2: binary cross-entropy of logits [B,q] with labels [B,q] in {1,0,-1}; -1 is ignored."""
     bce = F.binary_cross_entropy_with_logits(
         logits.float(), (labels == 1).float(), reduction="none")                # [B,q] Eq. 2
-    return masked_mean(bce, (labels == 0) | (labels == 1), count)
+    return masked_mean(bce, (labels == 0) | (labels == 1))
 
 
-def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=True, count=None):
+def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=True):
     """Eqs. 3-4: one stream's queried embedding finds the other stream's concepts it occurs with.
 
     z [B,q,T] projected queried embeddings; text [k,T] frozen vectors of the other stream's
@@ -57,7 +55,7 @@ def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=T
     similarity = z @ text.T                                                     # [B,q,k] Z_2 . T
     if prototype:  # Z . P of a mean P is the mean of the Z . T
         positive = torch.where(present, similarity, 0).sum(-1)
-        positive = positive / present.sum(-1).clamp(min=1)                    # [B,q] Z_2 . P, Eq. 3
+        positive = positive / present.sum(-1).clamp(min=1)           # [B,q] Z_2 . P (Eq. 3)
     else:
         draw = torch.rand_like(similarity).masked_fill(~present, -1).argmax(-1, keepdim=True)
         positive = similarity.gather(-1, draw).squeeze(-1)                      # [B,q]
@@ -68,53 +66,36 @@ def proto_loss(z, text, existence, negatives=7, negative_index=None, prototype=T
     usable = (negative_index >= 0) & ~present.gather(-1, chosen)
     negative = similarity.gather(-1, chosen).masked_fill(~usable, float("-inf"))
     logits = torch.cat([positive.unsqueeze(-1), negative], dim=-1)              # [B,q,1+negatives]
-    return masked_mean(logits.logsumexp(-1) - positive, present.any(-1), count)  # Eq. 4
+    return masked_mean(logits.logsumexp(-1) - positive, present.any(-1))        # Eq. 4
 
 
-def icl_loss(relation_logits, existence, count=None):
+def icl_loss(relation_logits, existence):
     """Eq. 6: binary cross-entropy of pair logits [B,n,m] where existence [B,n,m] is 0 or 1."""
-    return existence_loss(relation_logits, existence, count)                    # Eq. 6
-
-
-def loss_counts(existence, unmentioned="ignore"):
-    """How many terms each masked mean of `medslip_loss` averages: float [5].
-
-    Order: pathology existence, anatomy existence, pathology ProtoCL, anatomy ProtoCL, ICL. The mean
-    of several ranks' or micro-batches' means is not the mean over the global batch; the mean of the
-    parts' sums, each divided by (global count / number of parts), is. Labels alone determine the
-    counts, so they are known before the forward pass.
-    """
-    if unmentioned == "negative":
-        existence = existence.masked_fill(existence == -1, 0)
-    pathology, anatomy = image_labels(existence)
-    return torch.stack([(pathology >= 0).sum(), (anatomy >= 0).sum(),
-                        (pathology == 1).sum(), (anatomy == 1).sum(),
-                        ((existence == 0) | (existence == 1)).sum()]).float()
+    return existence_loss(relation_logits, existence)                           # Eq. 6
 
 
 def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1.0,
-                 contrast="prototype", unmentioned="ignore", negatives=7,
-                 pathology_negatives=None, anatomy_negatives=None, counts=None):
+                 contrast="prototype", unmentioned="negative", negatives=7,
+                 pathology_negatives=None, anatomy_negatives=None):
     """Eq. 7: existence + alpha ProtoCL + beta ICL, each but ICL summed over the streams.
 
     out: the model's output; existence [B,n,m]; texts [m,T], [n,T]. contrast: prototype | random |
     none. pathology_negatives [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives]
-    pathologies. counts: see `loss_counts`. Returns {"loss", "existence", "protocl", "icl"}; an
-    alpha or beta of 0 still reports its part.
+    pathologies. Returns {"loss", "existence", "protocl", "icl"}; an alpha or beta of 0 still
+    reports its part.
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)
-    counts = [None] * 5 if counts is None else counts.unbind()
-    pathology, anatomy = image_labels(existence)
+    pathology, anatomy = image_labels(existence)                                # [B,m], [B,n]
     prototype, by_pathology = contrast != "random", existence.transpose(1, 2)   # [B,m,n]
-    exist = existence_loss(out.pathology_logits, pathology, counts[0])
+    exist = existence_loss(out.pathology_logits, pathology)
     proto = proto_loss(out.pathology_z, anatomy_text, by_pathology, negatives,
-                       pathology_negatives, prototype, counts[2])
+                       pathology_negatives, prototype)
     if out.anatomy_logits is not None:
-        exist = exist + existence_loss(out.anatomy_logits, anatomy, counts[1])
+        exist = exist + existence_loss(out.anatomy_logits, anatomy)
         proto = proto + proto_loss(out.anatomy_z, pathology_text, existence, negatives,
-                                   anatomy_negatives, prototype, counts[3])
-    icl = icl_loss(out.relation_logits, existence, counts[4])
+                                   anatomy_negatives, prototype)
+    icl = icl_loss(out.relation_logits, existence)
     alpha = 0.0 if contrast == "none" else alpha
     return {"loss": exist + alpha * proto + beta * icl,                         # Eq. 7
             "existence": exist, "protocl": proto, "icl": icl}

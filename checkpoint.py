@@ -1,0 +1,152 @@
+"""Files of weights: this project's checkpoints, the published MeDSLIP, MedKLIP, and the hub.
+
+    from checkpoint import load_model
+    model = load_model("out/ckpt.pt")         # or the published file, MedKLIP's, pykale/MeDSLIP
+
+Every tensor must find its place, or is named in the error. Nothing in a file is executed
+(`weights_only=True`).
+"""
+import re
+import warnings
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from cli import InputError
+from model import MeDSLIP, MeDSLIPConfig
+
+# Tensors that may be absent or extra: batch-norm step counters (momentum is fixed), the position
+# indices of older transformers, and a frozen text encoder that was saved along.
+HARMLESS = re.compile(r"num_batches_tracked$|position_ids$|^(text_encoder|bert_model)\.")
+
+# Published names -> ours, applied in this order. MedKLIP's names lack the stream, and the
+# grounding sample of MeDSLIP has disease_embedding_layer for pathology_embedding_layer.
+PUBLISHED = [
+    (r"^res_features\.", "backbone."),
+    (r"^(pathology|disease)_embedding_layer\.", "text_projection."),
+    (r"^mask_generator\.", "mask."),
+    (r"^(res_l1|res_l2|cl_fc|classifier|decoder)\.", r"\1_pathology."),
+    (r"^res_l1_(pathology|anatomy)\.", r"\1.embed.0."),
+    (r"^res_l2_(pathology|anatomy)\.", r"\1.embed.2."),
+    (r"^cl_fc_(pathology|anatomy)\.", r"\1.to_z2."),
+    (r"^classifier_(pathology|anatomy)\.", r"\1.existence."),
+    (r"^decoder_(pathology|anatomy)\.", r"\1."),
+    (r"\.in_proj_", ".in_proj."),
+    (r"\.self_attn\.", ".self_attention."),
+    (r"\.multihead_attn\.", ".cross_attention."),
+    (r"\.linear1\.", ".ffn.0."),
+    (r"\.linear2\.", ".ffn.3."),
+]
+
+
+def load_model(path_or_hub_id, map_location="cpu"):
+    """A MeDSLIP in eval mode from this project's checkpoint or a published MeDSLIP or MedKLIP one.
+
+    It has .queries (None of a published file, which stores none) and .args (the training flags).
+    InputError if the file is missing, damaged or foreign, or if a tensor does not fit.
+    """
+    path = locate(path_or_hub_id)
+    checkpoint = read_checkpoint(path, map_location)
+    weights = checkpoint.get("model", checkpoint)
+    if not isinstance(weights, dict) or not any(torch.is_tensor(v) for v in weights.values()):
+        raise InputError(f"{path} holds no weights under 'model'; it is no MeDSLIP checkpoint")
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in weights.items()}
+    weights = {k: v for k, v in weights.items() if not HARMLESS.search(k)}
+    if any(k.startswith("res_features.") for k in weights):
+        weights, config = convert_published(weights)
+    else:
+        config = read_config(path, checkpoint)
+    model = MeDSLIP(config).to(map_location)
+    own = {k for k in model.state_dict() if not HARMLESS.search(k)}
+    trouble = [f"missing {k}" for k in sorted(own - weights.keys())]
+    trouble += [f"unknown {k}" for k in sorted(weights.keys() - own)]
+    if not trouble:
+        try:
+            model.load_state_dict(weights, strict=False)  # the harmless ones stay as they are
+        except RuntimeError as error:  # torch names each tensor of another shape
+            trouble = [" ".join(str(error).split())]
+    if trouble:
+        raise InputError(f"{path} does not fit: {'; '.join(trouble)}"[:4000])
+    model.queries, model.args = checkpoint.get("queries"), checkpoint.get("args") or {}
+    if not isinstance(model.queries, dict) or "pathology" not in model.queries:
+        model.queries, model.args = None, {}
+    return model.eval()
+
+
+def read_config(path, checkpoint):
+    """The model arguments of this project's checkpoint. A field that is newer than the file takes
+    its default, which is the paper's form."""
+    saved, known = checkpoint.get("config"), {f.name for f in fields(MeDSLIPConfig)}
+    if not isinstance(saved, dict) or not saved.keys() <= known:
+        raise InputError(f"{path} is neither this project's checkpoint (no model arguments under "
+                         "'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
+    return MeDSLIPConfig(**saved)
+
+
+def convert_published(weights):
+    """Published MeDSLIP or MedKLIP weights -> (weights under our names, config)."""
+    converted = {}
+    for name, value in weights.items():
+        for theirs, ours in PUBLISHED:
+            name = re.sub(theirs, ours, name)
+        if ".existence." in name and value.shape[0] == 2:
+            value = value[1:] - value[:1]  # softmax over (absent, present) = sigmoid of this
+        converted[name] = value
+    streams = "dual" if "anatomy.norm.weight" in converted else "single"
+    if streams == "dual":
+        # The released decoders share one final LayerNorm; of the two copies in the file it takes
+        # the one read last, pathology's. Without this the anatomy outputs are off by 24 %.
+        for end in ("weight", "bias"):
+            converted[f"anatomy.norm.{end}"] = converted[f"pathology.norm.{end}"]
+    return converted, MeDSLIPConfig(streams=streams, mask="linear", icl="dot")
+
+
+def locate(path_or_hub_id):
+    """A file as it is; otherwise a name of the form owner/name is asked of the hub."""
+    name = str(path_or_hub_id)
+    if Path(name).is_file():
+        return name
+    looks_like_file = Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt")
+    if looks_like_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"no checkpoint at {name}; train one with `python train.py`, or name one "
+                         "by --checkpoint")
+    from huggingface_hub import snapshot_download
+    try:
+        folder = snapshot_download(name, allow_patterns=["*.pt", "*.pth", "*.bin"])
+    except Exception as error:  # the hub library raises a dozen kinds; each means: not now
+        raise InputError(f"no file {name}, and the hub did not give it ({type(error).__name__}); "
+                         "if you are offline, download the file elsewhere and give its path"
+                         ) from None
+    files = [str(p) for p in Path(folder).rglob("*") if p.is_file()]
+    if len(files) != 1:
+        raise InputError(f"{name} on the hub holds {', '.join(files) or 'no checkpoint'}; give "
+                         "the path of the one you want")
+    return files[0]
+
+
+def read_checkpoint(path, map_location="cpu"):
+    """torch.load without pickle execution -> dict. InputError in one line for any other file."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened ({error.strerror})") from None
+    if head.lstrip()[:1] == b"<":
+        raise InputError(f"{path} is a web page, not a checkpoint; download the file itself")
+    if head.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a Git-LFS pointer; fetch the file with `git lfs pull`")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
+        reason = " ".join(str(error).split())[:80]
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            reason = f"it wants to run {wanted[1]} on loading, which is refused"
+        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: "
+                         f"{reason})") from None
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
+    return checkpoint

@@ -1,0 +1,107 @@
+"""How every script speaks with its user: flags with ranges, errors of one line, device, files.
+
+    from cli import InputError, Parser, number, run
+
+What a user gets wrong is an InputError, raised where it is known and caught once, in `run`: one
+line on stderr that says how to mend it, and exit status 2.
+"""
+import argparse
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+class InputError(Exception):
+    """A mistake of the user's; the message says what is wrong and how to mend it."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, without the usage."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or a float from `low` to `high`."""
+    def parse(text):
+        value = kind(text)  # argparse itself reports text that is no number
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not in {low}..{high}")
+        return value
+    parse.__name__ = kind.__name__  # argparse puts it into its message
+    return parse
+
+
+def run(main, parse_args):
+    """Run a script. `main` takes the parsed flags."""
+    try:
+        main(parse_args())
+    except InputError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def cores():
+    """The cores this process may use; in a container they are fewer than the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Gives a draft's path to write to; the draft takes the place of `path` once it is whole."""
+    path = Path(path)
+    draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        os.replace(draft, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}); what was saved before is kept")
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def pick_device(name=None):
+    """torch.device of --device; where that was left out cuda if there is one, else cpu."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name} cannot be used here; leave it out") from None
+    return torch.device(name)
+
+
+def matmul_seconds(dtype, device, size=512):
+    """Seconds of one matrix product, the best of five."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):  # the first one warms up and is never the best
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def pick_amp(choice, device):
+    """-> (autocast dtype or None, why) for --amp auto|bf16|fp16|off.
+
+    auto: on a GPU bf16 where the hardware has it, else fp16. On a CPU the faster one of bf16 and
+    fp32: some processors gain a factor of two from bf16 and others lose, so it is measured.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)
+    if choice != "auto":
+        return dtype, f"--amp {choice}"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the GPU has it"
+        return torch.float16, "the GPU has no bf16"
+    fp32, bf16 = (matmul_seconds(d, device) for d in (torch.float32, torch.bfloat16))
+    why = f"a matrix product takes {bf16 / fp32:.2f} of its time in fp32"
+    return (torch.bfloat16 if bf16 < 0.8 * fp32 else None), f"bf16: {why}"

@@ -1,0 +1,131 @@
+"""One file per data set: `read` takes what its publisher ships, `write` fills the same tree.
+
+    python phantom.py --layout nih --root /tmp/nih --count 20 --size 64    # write
+    python data.py --dataset nih --root /tmp/nih --check                   # read, list the problems
+
+For a new data set copy the file of the one most like it. Each has NAME; GET, where to get it;
+FILES, label files of which one lies at its root; SHARES of train and validate where the publisher
+has no such split; VIEWS "all" or "frontal"; LABELS; SIZE, pixels a side of a phantom; and
+    read(root, views, labels) -> (label names, [Item], problems)   opens no image; problems are
+                                 (kind, what) of what cannot be used, and the rest is read
+    write(root, films, draw)     names each film's files, has them drawn, writes the label files
+"""
+import csv
+import gzip
+import io
+import os
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from cli import InputError
+from text import PATHOLOGIES
+
+csv.field_size_limit(1 << 27)   # a mask of SIIM may be longer than csv's own limit
+BLANK, UNKNOWN = -2, -3         # labels beside 1, 0, -1 uncertain: not mentioned; nobody looked
+PATHOLOGY = {name.capitalize(): name for name in PATHOLOGIES} | {  # the vocabulary's name of a label
+    "No Finding": "normal", "Enlarged Cardiomediastinum": "enlarge", "Lung Opacity": "opacity",
+    "Lung Lesion": "lesion", "Pleural Effusion": "effusion", "Pleural Other": "abnormality",
+    "Support Devices": "device", "Infiltration": "infiltrate", "Pleural_Thickening": "thicken",
+    "Fibrosis": "tail_abnorm_obs"}  # a bucket of rare findings, so a weak query
+PATHOLOGY |= {name: name for name in PATHOLOGIES}
+
+
+class Mask(NamedTuple):
+    label: str
+    kind: str             # file: an image of the film, > 127; bit: bit `place` of a PNG; rle: SIIM's
+    source: str           # text; crop: an image of a part, any channel > 0. source: a path or text
+    place: object = None  # of a crop (x, y, width, height) in fractions of the film
+
+
+class Item(NamedTuple):
+    """One image. Paths are relative to the root, boxes in fractions of the image."""
+    id: str
+    path: str
+    patient: str
+    split: str            # train, validate, test, or "" where the publisher gives none
+    labels: tuple         # 1, 0, -1, BLANK or UNKNOWN, one per label name
+    report: str = ""      # path of a report
+    note: str = ""        # or its text
+    boxes: tuple = ()     # of (label, x, y, width, height)
+    masks: tuple = None   # of Mask; () where somebody looked and found nothing, None where nobody did
+    truth: tuple = ()     # of (pathology, anatomy) as drawn by phantom.py
+    absent: tuple = ()    # labels that were looked for and are not there, beside those with masks
+
+
+def find(root, *names):
+    """Path of the first of `names` (* allowed) in `root`, plain, .gz or .zip; else None."""
+    for name in names:
+        for ending in ("", ".gz", ".zip"):
+            for path in sorted(Path(root).glob(name + ending)):
+                return path
+    return None
+
+
+def csv_rows(path, *needed):
+    """Yield the rows of a csv as dicts, names and cells stripped; a missing cell is "".
+
+    No rows if path is None. InputError if a needed column is missing or the file is damaged.
+    """
+    if path is None:
+        return
+    try:
+        if path.suffix == ".zip":
+            archive = zipfile.ZipFile(path)
+            raw = archive.open(archive.namelist()[0])
+        else:
+            raw = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+        with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
+            rows = csv.reader(file)
+            header = [name.strip() for name in next(rows, [])]
+            for name in needed:
+                if name not in header:
+                    raise InputError(f"{path} has no column {name!r}; it has {', '.join(header)}")
+            for cells in filter(None, rows):
+                row = dict.fromkeys(header, "")
+                row.update(zip(header, map(str.strip, cells)))
+                yield row
+    except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
+        raise InputError(f"{path} is damaged ({error}); download it again") from None
+
+
+def text_lines(path):
+    """The lines of a text file that are not empty, stripped; none if path is None."""
+    lines = path.read_text("utf-8", "replace").split("\n") if path else []
+    return [line.strip() for line in lines if line.strip()]
+
+
+def paths_by_stem(root):
+    """{file name without its ending: path relative to root} of the images below root, not masks."""
+    found = {}
+    for folder, _, names in sorted(os.walk(root, followlinks=True)):
+        if os.path.basename(folder) in ("masks", "png_masks"):
+            continue
+        for name in sorted(names):
+            stem, ending = os.path.splitext(name)
+            if ending.lower() in (".jpg", ".jpeg", ".png", ".dcm"):
+                found.setdefault(stem, os.path.relpath(os.path.join(folder, name), root))
+    return found
+
+
+def box(label, sides, width, height):
+    """(label, x, y, width, height) in fractions of a frame. ValueError if `sides` are no box."""
+    x, y, w, h, width, height = map(float, (*sides, width, height))
+    if not min(w, h, width, height) > 0:
+        raise ValueError("a box without area")
+    return label, x / width, y / height, w / width, h / height
+
+
+def write_text(path, text):
+    """Gzipped if the name ends so, without a time stamp: the same text gives the same bytes."""
+    path, data = Path(path), text.encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
+
+
+def write_csv(path, header, rows):
+    """`header` is the first line, verbatim."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_text(path, f"{header}\n{text.getvalue()}")

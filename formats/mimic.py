@@ -1,0 +1,101 @@
+"""MIMIC-CXR-JPG 2.0.0 or 2.1.0, with the reports of MIMIC-CXR unpacked into the same folder.
+
+    files/p10/p10000032/s50414267/02aa804e-....jpg      patient, study, image (dicom_id)
+    files/p10/p10000032/s50414267.txt                   the report (or below mimic-cxr-reports/)
+    mimic-cxr-2.0.0-split.csv.gz                        dicom_id,study_id,subject_id,split
+    mimic-cxr-2.0.0-metadata.csv.gz                     dicom_id,...,ViewPosition,Rows,Columns,...
+    mimic-cxr-2.0.0-chexpert.csv.gz  -negbio.csv.gz     subject_id,study_id, 14 labels
+    mimic-cxr-2.1.0-test-set-labeled.csv                study_id, 14 labels of 687 test studies
+    boxes.csv  masks/<dicom_id>.png                     where each finding is: phantoms only
+
+--labels chexpert and negbio were read from the reports, manual are radiologists', drawn are the
+pathologies in boxes.csv. Release 2.1.0 keeps the old file names, but says Airspace Opacity.
+"""
+import collections
+
+import numpy as np
+
+from cli import InputError
+from formats import UNKNOWN, Item, Mask, box, csv_rows, find, write_csv
+from formats.chexpert import LABELS, label_values, said
+
+NAME = "MIMIC-CXR-JPG"
+FILES = ("mimic-cxr-2.0.0-split.csv",)
+GET = "https://physionet.org/content/mimic-cxr-jpg, its reports /content/mimic-cxr (credentialed)"
+SHARES, VIEWS, SIZE = (0.8, 0.1), "all", 64   # the published run took all views
+
+
+def read_labels(root, labels, problems):
+    """{study: its 14 labels} of one label file."""
+    table, values = find(root, f"mimic-cxr-2.0.0-{labels}.csv"), {}
+    if labels == "manual":
+        table = find(root, "mimic-cxr-2.1.0-test-set-labeled.csv")
+        if table is None:
+            raise InputError(f"{root} lacks mimic-cxr-2.1.0-test-set-labeled.csv")
+    for row in csv_rows(table, "study_id"):
+        row.setdefault("Lung Opacity", row.get("Airspace Opacity", ""))
+        try:
+            values[row["study_id"]] = label_values(row)
+        except KeyError as error:
+            problems.append(("unreadable-label", f"study {row['study_id']}: {error}"))
+    return values
+
+
+def read(root, views, labels):
+    items, problems, drawn = [], [], collections.defaultdict(list)
+    for row in csv_rows(find(root, "boxes.csv"), "dicom_id", "finding", "pathology", "anatomy"):
+        drawn[row["dicom_id"]].append(row)
+    frames = {row["dicom_id"]: (row["ViewPosition"], row["Columns"], row["Rows"])
+              for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"),
+                                  "dicom_id", "ViewPosition", "Columns", "Rows")}
+    names, values = list(LABELS), read_labels(root, labels, problems)
+    if labels == "drawn":
+        names = sorted({row["pathology"] for found in drawn.values() for row in found})
+    above = "mimic-cxr-reports/" if find(root, "mimic-cxr-reports") else ""
+    for row in csv_rows(find(root, *FILES), "dicom_id", "study_id", "subject_id", "split"):
+        name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
+        folder, found = f"files/p{patient[:2]}/p{patient}/s{study}", drawn.get(name, [])
+        present = {r["pathology"] for r in found}
+        try:
+            view, *frame = frames[name]
+            item = Item(
+                name, f"{folder}/{name}.jpg", patient, row["split"],
+                values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt",
+                boxes=tuple(box(r["pathology"], (r["x"], r["y"], r["width"], r["height"]), *frame)
+                            for r in found),
+                masks=tuple(Mask(r["pathology"], "bit", f"masks/{name}.png", int(r["finding"]))
+                            for r in found) if drawn else None,
+                truth=tuple((r["pathology"], r["anatomy"]) for r in found))
+        except (KeyError, ValueError) as error:
+            problems.append(("unreadable-label", f"split.csv: {name} ({error})"))
+            continue
+        if labels == "drawn":
+            item = item._replace(labels=tuple(int(label in present) for label in names))
+        if not study or item.split not in ("train", "validate", "test"):
+            problems.append(("unreadable-label", f"split.csv: {name}, split {item.split!r}"))
+        elif views == "all" or view in ("PA", "AP"):
+            items.append(item)
+    return names, items, problems
+
+
+def write(root, films, draw):
+    for f in films:
+        f.person = str(10_000_000 + f.patient * 7_654_321 % 9_999_991)  # in no visible order
+        study = str(50_000_000 + f.index * 7_654_321 % 9_999_991)
+        name = np.random.default_rng([2, f.index]).bytes(20).hex("-", 4)
+        f.image = f"{root}/files/p{f.person[:2]}/p{f.person}/s{study}/{name}.jpg"
+        f.report = f"{root}/files/p{f.person[:2]}/p{f.person}/s{study}.txt"
+        f.bits, f.uids = f"{root}/masks/{name}.png", [name, study, f.person]
+    films = draw(films)
+    write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height",
+              [(f.uids[0], k, found.pathology, found.anatomy, *found.box)
+               for f in films for k, found in enumerate(f.findings)])
+    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz",
+              "subject_id,study_id," + ",".join(LABELS),
+              [(f.uids[2], f.uids[1], *said(f.mentions).values()) for f in films])
+    write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz",
+              "dicom_id,subject_id,study_id,ViewPosition,Rows,Columns",
+              [(f.uids[0], f.uids[2], f.uids[1], f.view, f.size, f.size) for f in films])
+    # the split file comes last: a folder without it was not finished
+    write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split",
+              [(*f.uids, f.split) for f in films])

@@ -1,0 +1,123 @@
+"""Open-i: Indiana University's radiographs and reports, from the NLM or re-packed on Kaggle.
+
+    ecgen-radiology/<number>.xml, or NLMCXR_reports.tgz as it came
+    NLMCXR_png/CXR<number>_IM-....png      nlmcxr_dicom_metadata.csv (the views), if at hand
+    Kaggle: indiana_reports.csv            uid,MeSH,Problems,...,findings,impression
+            indiana_projections.csv        uid,filename,projection; images/images_normalized/
+
+Labels are the index terms that people gave each report, by the part before the first slash:
+Opacity/lung/upper lobe/right. Traps: some reports have no images; the XML does not tell the view,
+so without nlmcxr_dicom_metadata.csv lateral views are read, too. There is no split.
+"""
+import collections
+import html
+import tarfile
+import zlib
+from pathlib import Path
+from xml.etree import ElementTree
+
+from cli import InputError
+from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, write_text
+
+NAME = "Open-i"
+FILES = ("ecgen-radiology", "indiana_reports.csv", "NLMCXR_reports*.tgz")
+GET = "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)"
+SHARES, VIEWS, SIZE = (0.7, 0.1), "frontal", 512
+OPENI = {  # label: the index terms that stand for it
+    "Cardiomegaly": ["Cardiomegaly"], "Effusion": ["Pleural Effusion"],
+    "Atelectasis": ["Pulmonary Atelectasis"], "Opacity": ["Opacity"], "Pneumonia": ["Pneumonia"],
+    "Nodule": ["Nodule"], "Mass": ["Mass"], "Calcification": ["Calcinosis"],
+    "Congestion": ["Pulmonary Congestion"], "Edema": ["Pulmonary Edema"],
+    "Consolidation": ["Consolidation"], "Infiltrate": ["Infiltrate"], "Scar": ["Cicatrix"],
+    "Emphysema": ["Emphysema", "Pulmonary Emphysema", "Bullous Emphysema"],
+    "Pneumothorax": ["Pneumothorax", "Hydropneumothorax"],
+    "Fracture": ["Fractures, Bone"], "Hernia": ["Hernia, Hiatal"]}
+LABELS = list(OPENI)
+
+
+def read_xml(source):
+    """One report, of a path or bytes: dict(id, report, images [file stems], terms). InputError."""
+    try:
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        tree = ElementTree.fromstring(content)
+    except (OSError, ElementTree.ParseError) as error:
+        raise InputError(f"{str(source)[:80]} is no report of Open-i ({error})") from None
+    parts = [f"{part.get('Label')}: {part.text}" for part in tree.iter("AbstractText") if part.text]
+    return {"id": "".join(element.get("id") for element in tree.iter("uId")),
+            "report": html.unescape("\n\n".join(parts)),
+            "images": [element.get("id") for element in tree.iter("parentImage")],
+            "terms": [element.text or "" for element in tree.iter("major")]}
+
+
+def xml_files(root):
+    """Yield the path or the content of each XML file."""
+    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports*.tgz")
+    if folder or not archive:
+        yield from sorted(Path(root, "ecgen-radiology").glob("*.xml"))
+        return
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tar:
+                if member.name.endswith(".xml"):
+                    yield tar.extractfile(member).read()
+    except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
+        raise InputError(f"{archive} is damaged ({error}); download it again") from None
+
+
+def reports(root, problems=None):
+    """Yield read_xml of every report of the NLM's. Damaged ones go to the list `problems`."""
+    for source in xml_files(root):
+        try:
+            yield read_xml(source)
+        except InputError as error:
+            if problems is None:
+                raise
+            problems.append(("unreadable-label", str(error)))
+
+
+def kaggle_reports(root, views):
+    """Yield Kaggle's reports in the form of read_xml."""
+    images = collections.defaultdict(list)
+    for row in csv_rows(find(root, "indiana_projections.csv"), "uid", "filename", "projection"):
+        if views == "all" or row["projection"] == "Frontal":
+            images[row["uid"]].append(Path(row["filename"]).stem)
+    for row in csv_rows(find(root, "indiana_reports.csv"), "uid", "MeSH", "findings", "impression"):
+        yield {"id": row["uid"], "images": images[row["uid"]], "terms": row["MeSH"].split(";"),
+               "report": f"FINDINGS: {row['findings']}\n\nIMPRESSION: {row['impression']}"}
+
+
+def read(root, views, labels):
+    items, problems, paths = [], [], paths_by_stem(root)
+    view_of = {row["imageid"]: row["View Position"] or "PA" for row in csv_rows(
+        find(root, "nlmcxr_dicom_metadata.csv"), "imageid", "View Position")}
+    kaggle = find(root, "indiana_reports.csv")
+    for report in kaggle_reports(root, views) if kaggle else reports(root, problems):
+        heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}
+        values = tuple(int(bool(heads & set(terms))) for terms in OPENI.values())
+        for name in report["images"]:
+            if views == "all" or view_of.get(name, "PA") in ("PA", "AP"):
+                items.append(Item(name, paths.get(name, f"images/{name}.png"),
+                                  report["id"].removeprefix("CXR"), "",
+                                  values if heads else (UNKNOWN,) * len(OPENI),
+                                  note=report["report"]))
+    return LABELS, items, problems
+
+
+def write(root, films, draw):
+    """The NLM's tree."""
+    for f in films:
+        f.person = f"CXR{f.index + 1}"
+        f.image = f"{root}/NLMCXR_png/{f.person}_IM-{f.index + 1:04d}-1001.png"
+        f.shape = (round(f.size * 1.2), f.size)
+    for f in draw(films):
+        lines = [f'<eCitation><uId id="{f.person}"/><parentImage id="{Path(f.image).stem}"/>']
+        for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
+            said = html.escape(f.sections.get(part, ""))
+            lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
+        for finding in f.findings:
+            if f.mentions.get(finding.pathology) == 1:
+                label, place = finding.pathology.capitalize(), finding.anatomy.replace("_", " ")
+                lines.append(f"<major>{OPENI.get(label, [label])[0]}/{place}</major>")
+        if "<major>" not in "".join(lines):
+            lines.append("<major>normal</major>")
+        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join([*lines, "</eCitation>"]))

@@ -1,0 +1,142 @@
+"""What takes long, done once: every image decoded to S x S pixels, every report read.
+
+    from formats.prepare import prepare_images, read_cells
+
+Kept in <root>/prepared-<S>-<digest of the list of images>/: images.npy uint8 [N,S,S] with
+state.npy int8 [N] (to do, ready, unusable), and the triplets in cells-<digest>.npz. A preparation
+that was killed goes on where it stopped; unusable images are tried again at the next load.
+"""
+import array
+import hashlib
+import os
+import shutil
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cli import InputError
+from formats.images import read_image, trouble
+from formats.triplets import triplet_source
+
+
+class Mapped(Dataset):
+    """function(item) of each item."""
+
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.function(self.items[i])
+
+
+def in_workers(function, items, workers, title):
+    """Yields function(item) of every item, in order, computed by `workers` processes."""
+    few = len(items) < 256  # starting processes would take longer
+    loader = DataLoader(Mapped(function, items), batch_size=32, collate_fn=list,
+                        num_workers=0 if few or workers < 2 else workers)
+    bar = tqdm(total=len(items), desc=title, unit=" images", disable=True if few else None)
+    try:
+        for results in loader:
+            yield from results
+            bar.update(len(results))
+    except RuntimeError as error:
+        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); what was finished "
+                         "is kept: run again with fewer --workers") from None
+    finally:
+        bar.close()
+
+
+TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
+
+
+class Decode:
+    """Item -> (pixels uint8 [S,S], ""), or (None, why not)."""
+
+    def __init__(self, root, size):
+        self.root, self.size = root, size
+
+    def __call__(self, item):
+        path = os.path.join(self.root, item.path)
+        try:
+            return read_image(path, self.size), ""
+        except Exception:  # whatever a decoder makes of a damaged file: it must not end the run
+            return None, trouble(path)
+
+
+def prepare_images(root, items, folder, size, workers, again=False):
+    """Decodes what is not ready yet -> (images uint8 [N,S,S] memory-mapped, state [N], reasons)."""
+    if not folder.exists():
+        create_arrays(folder, len(items), size)
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    state = np.load(folder / "state.npy", mmap_mode="r+")
+    rows = np.arange(len(items)) if again else np.flatnonzero(state != READY)
+    reasons = {}
+    # written through a file, not through the map, where a full disk would kill the process
+    with open(folder / "images.npy", "r+b", buffering=0) as file:
+        decoded = in_workers(Decode(root, size), [items[i] for i in rows], workers, "images")
+        for row, (pixels, reason) in zip(rows, decoded):
+            if pixels is None:
+                state[row], reasons[int(row)] = UNUSABLE, reason
+                continue
+            file.seek(images.offset + int(row) * size * size)
+            file.write(pixels.tobytes())
+            state[row] = READY
+    return images, state, reasons
+
+
+def create_arrays(folder, count, size):
+    """Makes the folder with empty arrays. Under a name of its own first: of two processes that
+    start at the same time one renames its folder and the other takes that."""
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+    draft.mkdir(parents=True)
+    free, need = shutil.disk_usage(draft).free, count * size * size
+    if need > free:
+        draft.rmdir()
+        raise InputError(f"{folder} needs {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB "
+                         "left; --cache-dir DIR puts it elsewhere")
+    np.lib.format.open_memmap(draft / "images.npy", "w+", np.uint8, (count, size, size))
+    np.save(draft / "state.npy", np.full(count, TO_DO, np.int8))
+    try:
+        draft.rename(folder)
+    except OSError:
+        shutil.rmtree(draft)
+
+
+# ------------------------------------------------------------------------------------------ reports
+def read_cells(root, items, folder, triplets, workers):
+    """{"names", "start" [N+1], "cells" int16 [.,3], "read" int8 [N]} of all reports.
+
+    Image i has the rows start[i]:start[i+1] of `cells`: (pathology, anatomy, 1 or 0), the first
+    two as numbers into `names`. read: 1 if the report gave a triplet, 0 if none, -1 no report.
+    MIMIC's four million triplets take a gigabyte as tuples and 24 MB so.
+    """
+    source = triplet_source(triplets, root)
+    digest = hashlib.sha256(source.key.encode())
+    for item in items:
+        digest.update(item.note.encode())
+    path = folder / f"cells-{digest.hexdigest()[:12]}.npz"
+    if path.exists():
+        kept = dict(np.load(path))
+        late = [i for i in np.flatnonzero(kept["read"] < 0)
+                if items[i].report and os.path.exists(os.path.join(root, items[i].report))]
+        if not late:  # else reports were added since: all are read again
+            return kept
+    numbers, flat, counts, read = {}, array.array("h"), [0], []
+    for found in in_workers(source, items, workers, "reports"):
+        definite = {t[:3] for t in found or () if t.existence >= 0}
+        for pathology, anatomy, existence in sorted(definite):
+            flat.extend((numbers.setdefault(pathology, len(numbers)),
+                         numbers.setdefault(anatomy, len(numbers)), existence))
+        counts.append(len(definite))
+        read.append(-1 if found is None else int(len(definite) > 0))
+    result = {"names": np.array(list(numbers) or [""]), "start": np.cumsum(counts),
+              "cells": np.array(flat, np.int16).reshape(-1, 3), "read": np.array(read, np.int8)}
+    draft = folder / f"{path.name}.{os.getpid()}.tmp"
+    with open(draft, "wb") as file:
+        np.savez(file, **result)
+    os.replace(draft, path)
+    return result

@@ -1,0 +1,89 @@
+"""SIIM-ACR Pneumothorax, as on Kaggle (stage 1 or 2) or re-packed as PNG files.
+
+    dicom-images-train/<study>/<series>/<ImageId>.dcm    dicom-images-test/...      stage 1
+    train-rle.csv                         ImageId, EncodedPixels: a row per mask, -1 for none
+    stage_2_images/<ImageId>.dcm  stage_2_train.csv                                 stage 2
+    png_images/0_train_1_.png  png_masks/0_train_1_.png                             re-pack
+    stage_1_train_images.csv  stage_1_test_images.csv   new_filename,ImageId,has_pneumo
+
+An RLE is pairs: the gap since the last run, the length of this run; it goes down the columns of a
+1024 x 1024 image. Traps: stage 1 has spaces before the second column's name and cells; several
+masks of an image may overlap, they are OR-ed. Only the re-pack has a split; patients are unknown.
+"""
+import collections
+
+import numpy as np
+
+from formats import Item, Mask, csv_rows, find, paths_by_stem, write_csv
+from formats.rsna import name_films
+
+NAME = "SIIM-ACR Pneumothorax"
+FILES = ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv")
+GET = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
+SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024
+FRAME = 1024
+LABELS = ["Pneumothorax"]
+
+
+def read_pngs(root):
+    """Items of the re-pack."""
+    items = []
+    for part in ("train", "test"):
+        for row in csv_rows(find(root, f"stage_1_{part}_images.csv"),
+                            "new_filename", "ImageId", "has_pneumo"):
+            name, sick = row["new_filename"], row["has_pneumo"] == "1"
+            masks = (Mask(LABELS[0], "file", f"png_masks/{name}"),) if sick else ()
+            items.append(Item(row["ImageId"], f"png_images/{name}", row["ImageId"], part,
+                              (int(sick),), masks=masks))
+    return items
+
+
+def check_rle(rle):
+    """ValueError unless it is pairs of numbers that stay inside the image."""
+    numbers = [int(number) for number in rle.split()]
+    if not numbers or len(numbers) % 2 or min(numbers) < 0 or sum(numbers) > FRAME ** 2:
+        raise ValueError(rle)
+
+
+def read(root, views, labels):
+    items, problems = read_pngs(root), []
+    if items:
+        return LABELS, items, problems
+    paths, rles = paths_by_stem(root), collections.defaultdict(list)
+    for row in csv_rows(find(root, *FILES), "ImageId", "EncodedPixels"):
+        found = rles[row["ImageId"]]
+        if row["EncodedPixels"] != "-1":
+            found.append(row["EncodedPixels"])
+    for name, found in rles.items():
+        try:
+            for rle in found:
+                check_rle(rle)
+        except ValueError:
+            problems.append(("unreadable-label", f"mask of {name}"))
+            continue
+        items.append(Item(name, paths.get(name, f"dicom-images-train/{name}.dcm"), name, "",
+                          (int(bool(found)),),
+                          masks=tuple(Mask(LABELS[0], "rle", rle) for rle in found)))
+    return LABELS, items, problems
+
+
+def encode(mask):
+    """The RLE of a bool [size,size] mask, enlarged to FRAME x FRAME."""
+    nearest = np.arange(FRAME) * len(mask) // FRAME
+    flat = mask[nearest][:, nearest].T.reshape(-1).astype(np.int8)  # column by column
+    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))      # first of a run, end of it, ...
+    return " ".join(map(str, np.diff(edges, prepend=0)))
+
+
+def write(root, films, draw):
+    """A mask that reaches over half of the rows comes as two that overlap, as by two readers."""
+    name_films(films)
+    for f in films:
+        f.image = f"{root}/dicom-images-train/{'/'.join(f.uids)}.dcm"
+        f.sure, f.keep_masks = ("pneumothorax", 0.2), True
+    rows = []
+    for f in draw(films):
+        rles = [encode(finding.mask) for finding in f.findings
+                if finding.pathology == "pneumothorax"]
+        rows += [(f.uids[2], f" {rle}") for rle in rles or ["-1"]]
+    write_csv(f"{root}/train-rle.csv", "ImageId, EncodedPixels", rows)
