@@ -125,6 +125,14 @@ def locate(path_or_hub_id):
     return files[0]
 
 
+def training_state(path):
+    """The checkpoint that train.py --resume goes on from."""
+    saved = read_checkpoint(path)
+    if not {"model", "optimizer", "scaler", "step", "args", "queries", "best"} <= saved.keys():
+        raise InputError(f"{path} holds weights but no training state; --resume needs our own")
+    return saved
+
+
 def read_checkpoint(path, map_location="cpu"):
     """torch.load without pickle execution -> dict. InputError in one line for any other file."""
     try:

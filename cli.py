@@ -10,6 +10,7 @@ import contextlib
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -76,6 +77,23 @@ def pick_device(name=None):
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {name} cannot be used here; leave it out") from None
     return torch.device(name)
+
+
+def join_processes(name=None):
+    """-> (device, rank, number of processes); joins the other processes under torchrun."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = pick_device(name)
+    if world > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+    if world > 1:
+        # gloo carries small flags between CPUs, so that no GPU waits for them. A day, because the
+        # others wait while the first process prepares a data set.
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.backends.cudnn.benchmark = True
+    return device, rank, world
 
 
 def matmul_seconds(dtype, device, size=512):

@@ -56,6 +56,7 @@ class Table:
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
         self.splits[state != READY] = "skipped"
         self.boxes, self.masks = [i.boxes for i in items], [i.masks for i in items]
+        self.absent = [i.absent for i in items]  # labels looked for in vain; None: all others
         self.drawn = [[Triplet(*pair, 1) for pair in i.truth] for i in items]
         self.names, self.start, self.flat = cells["names"].tolist(), cells["start"], cells["cells"]
         self.reports_read, self.problems = cells["read"], problems
@@ -107,18 +108,18 @@ class Table:
 
     def mask(self, i, label, boxes_only=False):
         """bool [H,W]: image i's masks of a label joined; else its boxes filled, on the S x S grid;
-        None where nobody looked for it. A mask that cannot be read is one line, exit 2."""
-        boxes = [box for box in self.boxes[i] if box[0] == label]
-        if self.masks[i] is not None and not boxes_only:
-            masks = [mask for mask in self.masks[i] if mask.label == label]
+        None where nobody looked for it. InputError if a mask file cannot be read."""
+        masks = [mask for mask in self.masks[i] or () if mask.label == label]
+        if masks and not boxes_only:
             try:
-                if masks:
-                    return np.any([read_mask(self.root, mask) for mask in masks], axis=0)
+                return np.any([read_mask(self.root, mask) for mask in masks], axis=0)
             except Exception:
                 path = os.path.join(self.root, masks[0].source)
-                raise InputError(f"the mask {path} is {trouble(path)}; download it again")
-        if not boxes:
-            return None if self.masks[i] is None else np.zeros((self.size, self.size), bool)
+                raise InputError(f"the mask {path} is {trouble(path)}; download it again") from None
+        boxes = [box for box in self.boxes[i] if box[0] == label]
+        looked = self.absent[i] is None or label in self.absent[i]
+        if not boxes and (self.masks[i] is None or not looked):
+            return None
         filled = np.zeros((self.size, self.size), bool)
         for _, x, y, width, height in boxes:
             left, right = round(x * self.size), round((x + width) * self.size)

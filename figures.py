@@ -122,21 +122,17 @@ def draw_relation(path, truth, predicted, pathologies, anatomies, most=30):
     finish(figure, path)
 
 
-def draw_embedding(path, layouts, names):
-    """t-SNE of trained and untrained embeddings, by pathology (Fig. 6) and by stream (Fig. 8).
-
-    layouts: {row title: [(title, points [k,2], group [k]), ...]}; names: of the pathologies.
-    """
-    figure, axes = canvas(len(layouts), 2, 11, 4.2 * len(layouts))
-    for row, (network, pictures) in zip(axes, layouts.items()):
-        for axis, (title, points, group) in zip(row, pictures):
-            axis.scatter(*points.T, c=COLOURS(group % 20), s=8, linewidths=0)
-            axis.set(xticks=[], yticks=[], title=f"{network}: {title}")
-        for axis in row[len(pictures):]:
-            axis.axis("off")
-    for k, name in enumerate(names[:20]):
-        axes[0, 0].plot([], [], "o", color=COLOURS(k), label=name, markersize=4)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
+def draw_embedding(path, clouds):
+    """Pictures side by side, two a row (Figs. 6 and 8); clouds {title: (points [k,2], group [k],
+    names of the groups)}."""
+    rows = math.ceil(len(clouds) / 2)
+    figure, axes = canvas(rows, 2, 12, 4.2 * rows)
+    for axis, (title, (points, group, names)) in zip(axes.flat, clouds.items()):
+        for k, name in enumerate(names):
+            x, y = points[group == k].T
+            axis.scatter(x, y, color=COLOURS(k % 20), s=8, linewidths=0, label=name)
+        axis.legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
+        axis.set(xticks=[], yticks=[], title=title)
     finish(figure, path)
 
 

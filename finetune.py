@@ -1,26 +1,25 @@
 """Fine-tune the image encoder on the labels or masks of 1, 10 or 100 % of a data set (Table V).
 
-    python finetune.py --task classification --dataset nih --ratio 0.01
     python finetune.py --task segmentation --dataset siim --ratio 0.1 --seeds 3
-    python finetune.py --task classification --ratio 0.1    # phantoms, a minute after train.py
+    python finetune.py --task classification --dataset nih --init random --unfreeze
+    python finetune.py --task classification --ratio 0.1    # phantoms; a minute, after train.py
 
-Classification: a linear layer on the mean of the encoder's last map. Segmentation: a ResUNet
-decoder on its maps of every resolution. With `--init random --unfreeze` the whole network is
-trained on the labels alone: the supervised rival of pre-training.
+Classification is a linear layer on the mean of the encoder's last map, segmentation a ResUNet
+decoder on its maps of every resolution. `--init random --unfreeze` trains the whole network on the
+labels alone: the supervised rival of pre-training.
 
 Differs from the paper and the released code:
-- The encoder is frozen as in the paper, batch-norm statistics too (released: trained along). For
-  classification it then sees each image once, not augmented, and the linear layer is fitted to
-  standardised features: the same functions, with steps that suit an encoder of any scale.
-- The epoch and the thresholds are chosen on the validation split (released: on the test split).
-- Dice and IoU are means over the test images that have a mask. Over all images, where an empty mask
-  left empty counts 1 (released), they are called dice_all and iou_all.
+- The encoder is frozen as in the paper, batch-norm statistics too (released: trained along).
+- For classification a frozen encoder sees each image once, not augmented, and the linear layer gets
+  standardised features, so that one learning rate suits an encoder of any scale.
+- Epoch and thresholds are chosen on the validation split (released: on the test split).
+- Dice and IoU are means over the test images that have a mask; dice_all and iou_all over all
+  images, where an empty mask left empty counts 1 (released).
 """
 import copy
 import json
 import math
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -29,32 +28,32 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision import tv_tensors
-from torchvision.transforms import InterpolationMode, v2
-from tqdm import tqdm
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image, Mask
 
 import data
 import figures
 from checkpoint import load_model, read_checkpoint
-from cli import InputError, Parser, atomic, cores, number, pick_amp, pick_device, run
-from metrics import bootstrap, bootstrap_ci, central, class_aurocs, classification_scores
+from cli import InputError, Parser, atomic, number, pick_amp, pick_device, run
+from metrics import (THRESHOLDS, bootstrap_ci, classification_scores, dice_scores, nearest,
+                     scores_with_intervals)
 from model import Residual, build_backbone
 from train import learning_rate
 
-PAPER = dict(batch_size=64, weight_decay=5e-4, min_lr=1e-5, min_steps=0, backbone="resnet50",
+PAPER = dict(batch_size=64, weight_decay=5e-4, min_lr=1e-5, min_steps=1, backbone="resnet50",
              image_size=224)
-SETTINGS = {  # of flags that are left out: Table II, then what two CPU cores finish in minutes
+SMALL = dict(backbone="small", image_size=64)
+# Of flags that are left out: Table II, then what two CPU cores finish in minutes. A run has at least
+# min_steps steps, whatever the epochs; lr is the peak of the cosine, min_lr its two ends.
+SETTINGS = {
     "classification": dict(PAPER, epochs=100, lr=1e-4, warmup_epochs=20),
     "segmentation": dict(PAPER, epochs=1000, lr=1e-5, warmup_epochs=50),
-    "synthetic classification": dict(
-        epochs=30, min_steps=500, lr=1e-2, warmup_epochs=2, backbone="small", image_size=64),
-    "synthetic segmentation": dict(
-        epochs=4, min_steps=200, lr=3e-3, warmup_epochs=0.5, backbone="small", image_size=64),
-    "covid-chestxray classification": dict(
-        lr=1e-2, warmup_epochs=5, backbone="small", image_size=128),
-    "covid-chestxray segmentation": dict(
-        epochs=30, lr=3e-3, warmup_epochs=2, batch_size=16, backbone="small", image_size=128)}
-MASKS_OF = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray": "lung"}
+    "synthetic classification": dict(SMALL, epochs=30, min_steps=500, lr=1e-2, warmup_epochs=2),
+    "synthetic segmentation": dict(SMALL, epochs=4, min_steps=200, lr=3e-3, warmup_epochs=0.5),
+    "covid-chestxray classification": dict(SMALL, image_size=128, lr=1e-2, warmup_epochs=5),
+    "covid-chestxray segmentation": dict(SMALL, image_size=128, epochs=30, batch_size=16, lr=3e-3,
+                                         warmup_epochs=2)}
+MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray": "lung"}
 
 
 def parse_args(argv=None):
@@ -63,28 +62,24 @@ def parse_args(argv=None):
     g = p.add_argument_group("what to learn")
     g.add_argument("--task", required=True, choices=["classification", "segmentation"])
     g.add_argument("--dataset", choices=data.DATASETS, default="synthetic")
-    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="share of the training "
-                   "patients; of one seed, a smaller share lies within a larger one")
+    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0,
+                   help="share of the training patients; a smaller one lies within a larger one")
     g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
     g = p.add_argument_group("encoder")
     g.add_argument("--init", choices=["pretrained", "random", "imagenet"], default="pretrained")
     g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
-    g.add_argument("--unfreeze", action="store_true", help="train the encoder along")
     g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="(checkpoint's)")
-    g.add_argument("--image-size", type=number(int, 16), help="pixels a side (checkpoint's)")
+    g.add_argument("--unfreeze", action="store_true", help="train the encoder along")
     g = p.add_argument_group("optimisation (Table II; synthetic, covid-chestxray: a CPU's minutes)")
-    g.add_argument("--epochs", type=number(int, 1))
-    g.add_argument("--min-steps", type=number(int, 0), help="add epochs until so many steps")
-    g.add_argument("--batch-size", type=number(int, 2))
-    g.add_argument("--lr", type=number(float, 0), help="peak learning rate")
-    g.add_argument("--min-lr", type=number(float, 0), help="where warm-up starts and cosine ends")
-    g.add_argument("--warmup-epochs", type=number(float, 0))
-    g.add_argument("--weight-decay", type=number(float, 0))
-    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    for flag in ("--image-size", "--epochs", "--min-steps", "--batch-size"):
+        g.add_argument(flag, type=number(int, 1))
+    for flag in ("--lr", "--min-lr", "--warmup-epochs", "--weight-decay"):
+        g.add_argument(flag, type=number(float, 0))
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=number(int, 0), default=0, help="of subset, weights and order")
     g.add_argument("--seeds", type=number(int, 1), default=1, help="repeat with seed + 1, ...")
     g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="for 95 %% intervals")
+    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--out-dir", metavar="DIR", default="out")
     return p.parse_args(argv)
@@ -92,15 +87,15 @@ def parse_args(argv=None):
 
 def fill_in(args):
     """Give every flag that was left out its value. Returns the pre-trained model or None."""
-    preset = SETTINGS.get(f"{args.dataset} {args.task}", {})
-    settings, model = SETTINGS[args.task] | preset, None
+    preset, model = SETTINGS.get(f"{args.dataset} {args.task}", {}), None
+    settings = SETTINGS[args.task] | preset
     if args.init == "pretrained":
         model = load_model(args.checkpoint)
         settings["backbone"] = model.config.backbone
         settings["image_size"] = max(model.config.image_size, preset.get("image_size", 0))
         if args.backbone not in (None, model.config.backbone):
-            raise InputError(f"--backbone {args.backbone}, but {args.checkpoint} holds a "
-                             f"{model.config.backbone}; leave --backbone out")
+            raise InputError(f"{args.checkpoint} holds a {model.config.backbone}, not a "
+                             f"{args.backbone}; leave --backbone out")
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -108,54 +103,62 @@ def fill_in(args):
         raise InputError(f"--image-size {args.image_size} is not a multiple of 16")
     args.device = pick_device(args.device)
     args.dtype, why = pick_amp(args.amp, args.device)
-    print(f"{args.backbone}, {args.image_size} pixels, {args.device}, {args.dtype} ({why})")
+    print("  ".join(f"{name} {value}" for name, value in sorted(vars(args).items())), f"({why})")
     return model
 
 
 # ------------------------------------------------------------------------------ what to learn from
 
-Part = namedtuple("Part", "rows targets")  # rows of the table [N]; labels [N,L] or masks [N,s,s]
+class Images(Dataset):
+    """Rows [N] of a table with what is to be learned of them: labels [N,L] or masks [N,s,s]."""
+
+    def __init__(self, table, rows, targets, size, augment=False):
+        self.table, self.rows, self.targets, self.size = table, rows, targets, size
+        self.patients, self.augment = np.array(table.patients)[rows], augment
+        self.move = v2.Compose([  # mirroring is safe: no label and no mask here says left or right
+            v2.Resize([size, size]), v2.RandomHorizontalFlip(),
+            v2.RandomAffine(10, (0.1, 0.1), (1, 1.4), interpolation=v2.InterpolationMode.BILINEAR)])
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, k):
+        image = Image(np.array(self.table.images[self.rows[k]]))     # uint8 [1,S,S]
+        target = self.targets[k]
+        if target.dim() == 2:
+            target = Mask(target)  # moves with its image; labels stay as they are
+        if self.augment:
+            image, target = self.move(image, target)                            # uint8 [1,s,s]
+        return data.to_input(image, self.size)[0], target                       # [3,s,s]
 
 
 def choose_labels(args, table):
     """The names to learn; of masks always one."""
     if args.task == "segmentation":
-        return [args.label or MASKS_OF.get(args.dataset, "lung")]
+        return [args.label or MASKS.get(args.dataset, "lung")]
     names = args.label.split(",") if args.label else table.label_names
-    for name in names:
-        if name not in table.label_names:
-            raise InputError(f"{args.dataset} has no label {name}; it has "
-                             f"{', '.join(table.label_names)}")
+    if not set(names) <= set(table.label_names):
+        raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
     return names
 
 
-def read_masks(table, rows, label, size):
-    """Part of the rows that somebody looked at, masks scaled to [size,size]."""
-    kept, masks = [], []
-    for row in tqdm(rows, desc="masks", disable=None, leave=False):
-        mask = table.mask(row, label)                                           # bool [H,W]
-        if mask is not None:
-            kept.append(row)
-            masks.append(v2.functional.resize(torch.from_numpy(mask)[None], [size, size],
-                                              InterpolationMode.NEAREST_EXACT))
-    masks = torch.cat(masks) if masks else torch.zeros(0, size, size)
-    return Part(np.array(kept, int), masks.to(torch.int8))
-
-
-def read_part(args, table, split, labels):
-    """The Part of a split: all images of which something is known."""
-    rows = table.rows(split)
-    if args.task == "segmentation":
-        part = read_masks(table, rows, labels[0], args.image_size)
-    else:
-        columns = [table.label_names.index(name) for name in labels]
-        values = table.labels[rows][:, columns]                                 # [N,L], -1 unknown
-        known = (values >= 0).any(1)
-        part = Part(rows[known], torch.from_numpy(values[known]))
-    if not (part.targets == 1).any():
-        raise InputError(f"no {split} image of {args.dataset} shows {' or '.join(labels)}; masks "
-                         "are in " + ", ".join(f"{name} ({MASKS_OF[name]})" for name in MASKS_OF))
-    return part
+def read_split(args, table, split, labels):
+    """The Images of a split of which something is known; masks are scaled to the image size."""
+    rows, targets = [], []
+    for row in table.rows(split):
+        if args.task == "segmentation":
+            mask = table.mask(row, labels[0])                                   # bool [H,W]
+            target = None if mask is None else nearest(mask, args.image_size, args.image_size)
+        else:
+            target = table.labels[row, [table.label_names.index(name) for name in labels]]
+        if target is not None and (target >= 0).any():                          # -1: unknown
+            rows.append(row)
+            targets.append(target)
+    targets = torch.from_numpy(np.array(targets, np.int8))
+    if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
+        raise InputError(f"the {split} images of {args.dataset} do not both show and lack any of "
+                         f"{labels}; data sets with masks: {MASKS}")
+    return Images(table, np.array(rows), targets, args.image_size)
 
 
 def nested_subset(patients, present, ratio, seed):
@@ -167,8 +170,8 @@ def nested_subset(patients, present, ratio, seed):
     proportion, and a rare one is not lost.
     """
     names, patient = np.unique(patients, return_inverse=True)
-    stratum = np.full(len(names), -1)  # -1: shows nothing
     rarest_first = np.argsort(present.mean(0))
+    stratum = np.full(len(names), -1)  # -1: shows nothing
     for k in reversed(rarest_first):
         stratum[patient[present[:, k]]] = k
     queue, rng = [], np.random.default_rng(seed)
@@ -180,79 +183,34 @@ def nested_subset(patients, present, ratio, seed):
     return np.flatnonzero(np.isin(patient, chosen))
 
 
-class Images(Dataset):
-    """The images of a part as the network takes them, with their targets."""
-
-    def __init__(self, table, part, size, augment=False):
-        self.table, self.part, self.size, self.move = table, part, size, None
-        flip = v2.RandomHorizontalFlip()  # safe: no label and no mask here says left or right
-        if augment and part.targets.dim() == 2:  # of labels; as in train.py
-            self.move = v2.Compose([v2.RandomResizedCrop(size, (0.5, 1.0)), flip])
-        elif augment:  # an affine map, for torchvision's resized crop moves masks by half a pixel
-            self.move = v2.Compose([
-                v2.Resize([size, size]),
-                v2.RandomAffine(10, (0.1, 0.1), (1.0, 1.4), interpolation=InterpolationMode.BILINEAR),
-                flip, v2.ColorJitter(0.2, 0.2)])
-
-    def __len__(self):
-        return len(self.part.rows)
-
-    def __getitem__(self, k):
-        image = tv_tensors.Image(self.table.images[self.part.rows[k]])          # uint8 [1,S,S]
-        target = self.part.targets[k]
-        if self.move and target.dim() == 1:
-            image = self.move(image)
-        elif self.move:
-            image, target = self.move(image, tv_tensors.Mask(target))
-        return data.to_input(image, self.size)[0], target                       # [3,s,s]
-
-
-def loader(dataset, args, shuffle=False):
-    workers = cores() if args.workers is None else args.workers
-    if isinstance(dataset, TensorDataset):
-        workers = 0
-    return DataLoader(dataset, args.batch_size, shuffle, num_workers=workers,
-                      drop_last=shuffle and len(dataset) > args.batch_size)
-
-
 # ----------------------------------------------------------------------------------------- networks
 
-def block(channels_in, channels_out, *kernel):
-    return nn.Sequential(nn.Conv2d(channels_in, channels_out, *kernel, bias=False),
-                         nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True),
-                         Residual(channels_out))
+CHANNELS = {"small": (32, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
 
 
 class Decoder(nn.Module):
-    """The way up of a ResUNet: the image and the backbone's maps -> logits [B,H,W].
+    """The way up of a ResUNet, from 1/16 to 1/2 of the size; there each place answers for its four
+    pixels. Below a backbone that stops before 1/16, as `small` does, its last map is pooled: a
+    decoder must see more of the chest than a piece of its wall."""
 
-    A backbone that stops before 1/16 of the size, as `small` does, is continued to there by new
-    layers: a decoder must see more of the chest than a piece of its wall. The way up ends at half
-    the size, where each place answers for its four pixels, of which it is shown the image.
-    """
-
-    def __init__(self, channels):  # of the maps at 1/2, 1/4, ... of the image's size
+    def __init__(self, channels):  # of the maps at 1/2, 1/4, ...
         super().__init__()
-        base = channels[0] // 4                                                 # ResNet 16, small 8
-        widths = [2 * base, 4 * base, 8 * base, 8 * base]                       # at 1/2 ... 1/16
-        channels = [channels[0] + 4, *channels[1:]]
-        self.down, self.up, below = nn.ModuleList(), nn.ModuleList(), 0
-        while len(channels) < 4:
-            self.down.append(block(channels[-1], widths[len(channels)], 4, 2, 1))
-            channels.append(widths[len(channels)])
+        width, below = channels[0] // 2, 0
+        channels = [*channels, channels[-1], channels[-1]]
+        self.up = nn.ModuleList()
         for level in (3, 2, 1, 0):
-            self.up.append(block(below + channels[level], widths[level], 1))
-            below = widths[level]
-        self.last = nn.Conv2d(below, 4, 1)
+            self.up.append(nn.Sequential(
+                nn.Conv2d(channels[level] + below, width, 1, bias=False), nn.BatchNorm2d(width),
+                nn.ReLU(), Residual(width)))
+            below = width
+        self.last = nn.Conv2d(width, 4, 1)
 
-    def forward(self, maps):  # [B,3,H,W], [B,c,H/2,W/2], [B,c,H/4,W/4], ...
-        image, half, *deeper = maps
-        skips = [torch.cat([half, F.pixel_unshuffle(image[:, :1], 2)], 1), *deeper]
-        for layer in self.down:
-            skips.append(layer(skips[-1]))
-        x = self.up[0](skips.pop())                                             # [B,c,H/16,W/16]
-        for layer in self.up[1:]:
-            x = layer(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], 1))
+    def forward(self, maps):  # [B,c,H/2,W/2], [B,c,H/4,W/4], ...
+        while len(maps) < 4:
+            maps = [*maps, F.avg_pool2d(maps[-1], 2)]
+        x = self.up[0](maps[3])                                                 # [B,c,H/16,W/16]
+        for layer, level in zip(self.up[1:], (2, 1, 0)):
+            x = layer(torch.cat([maps[level], F.interpolate(x, scale_factor=2)], 1))
         return F.pixel_shuffle(self.last(x), 2)[:, 0]                           # [B,H,W]
 
 
@@ -269,8 +227,7 @@ class FineTuned(nn.Module):
             self.head = nn.Sequential(nn.BatchNorm1d(channels, affine=False),
                                       nn.Linear(channels, len(labels)))
         else:
-            self.eval()  # or the zeros would count in the batch-norm statistics
-            self.head = Decoder([x.shape[1] for x in self.features(torch.zeros(1, 3, 32, 32))[1:]])
+            self.head = Decoder(CHANNELS[backbone])
 
     def train(self, mode=True):
         super().train(mode)
@@ -278,14 +235,12 @@ class FineTuned(nn.Module):
         return self
 
     def features(self, images):
-        """What the head is given: [B,C], or [the images, the last map at 1/2 of their size, ...]."""
-        maps, x = [], images
+        """What the head is given: the mean of the last map, or the last map of each resolution."""
+        x, maps = images, {}
         for layer in self.backbone:
-            y = layer(x)
-            if y.shape[-1] < x.shape[-1]:
-                maps.append(x)
-            x = y
-        return x.mean((2, 3)) if self.config["task"] == "classification" else [*maps, x]
+            x = layer(x)
+            maps[x.shape[-1]] = x
+        return x.mean((2, 3)) if self.config["task"] == "classification" else list(maps.values())
 
     def forward(self, images):
         return self.head(self.features(images))
@@ -300,18 +255,16 @@ def build(args, labels, model):
         try:
             resnet = torchvision.models.get_model(args.backbone, weights="IMAGENET1K_V1")
         except (OSError, ValueError) as error:
-            raise InputError(f"ImageNet weights of {args.backbone}: {error}; choose another --init "
-                             "or --backbone, or put torchvision's file into "
-                             f"{torch.hub.get_dir()}/checkpoints") from None
+            raise InputError(f"no ImageNet weights of {args.backbone} ({error}); take another "
+                             "--backbone or --init") from None
         net.backbone.load_state_dict(nn.Sequential(*list(resnet.children())[:7]).state_dict())
-    return net.to(args.device, memory_format=torch.channels_last)
+    return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
 def load_finetuned(path, map_location="cpu"):
-    """The network of a finetune-*.pt in eval mode; `.config` has task, labels and image_size.
+    """The network of a finetune-*.pt in eval mode, to be called on data.to_input(images, size).
 
-    Call it on data.to_input(images, image_size); the sigmoid of its answer is a probability.
-    InputError for a file that is missing, damaged or of another kind.
+    `.config` has task, labels and image_size. InputError for any other file.
     """
     saved = read_checkpoint(path, map_location)
     try:
@@ -324,24 +277,9 @@ def load_finetuned(path, map_location="cpu"):
 
 # ----------------------------------------------------------------------------------------- training
 
-def autocast(args):
-    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None)
-
-
-@torch.no_grad()
-def outputs(function, dataset, args):
-    """(function(inputs), targets) of a whole data set, on the CPU."""
-    values, targets = [], []
-    for inputs, target in loader(dataset, args):
-        with autocast(args):
-            values.append(function(inputs.to(args.device)).float().cpu())
-        targets.append(target)
-    return torch.cat(values), torch.cat(targets)
-
-
 def loss_of(logits, targets):
-    """Cross-entropy over what is known; of masks also 1 - Dice, over the whole batch, for a mean of
-    Dices would be ruled by the images whose mask is empty."""
+    """Cross-entropy over what is known; of masks also 1 - Dice, over all images at once, for a mean
+    of Dices would be ruled by the images whose mask is empty."""
     known = targets >= 0
     loss = F.binary_cross_entropy_with_logits(logits[known], targets[known].float())
     if targets.dim() == 3:
@@ -350,27 +288,34 @@ def loss_of(logits, targets):
     return loss
 
 
-def validation_score(logits, targets):
-    """What chooses the epoch: macro AUROC, or the Dice of all pixels of all images together, which
-    minds both a lesion missed and one invented. None where no class is both present and absent."""
-    if targets.dim() == 2:
-        return classification_scores(targets, logits)["auroc"]
-    guess = logits > 0
-    return float(2 * (guess & (targets == 1)).sum() / (guess.sum() + targets.sum()))
+def autocast(args):
+    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None)
+
+
+@torch.no_grad()
+def outputs(function, images, args):
+    """(function(inputs), targets) of a whole data set, on the CPU."""
+    values, targets = [], []
+    for inputs, target in DataLoader(images, args.batch_size):
+        with autocast(args):
+            values.append(function(inputs.to(args.device)).float().cpu())
+        targets.append(target)
+    return torch.cat(values), torch.cat(targets)
 
 
 def fit(learner, train, held, args):
-    """Train what is not frozen and leave the learner as it was at its best validation score, which
-    is asked about 20 times. Returns the curve: epoch, loss, validation score."""
-    batches = loader(train, args, shuffle=True)
+    """Train what is not frozen; leave the learner as it was at its lowest validation loss, which is
+    asked about 20 times. Returns the curve: epoch, loss, validation loss."""
+    batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=args.workers or 0,
+                         drop_last=len(train) > args.batch_size)
     epochs = max(args.epochs, math.ceil(args.min_steps / len(batches)))
     total = epochs * len(batches)
     warmup = total * args.warmup_epochs / args.epochs  # stretched where --min-steps adds epochs
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad],
                                   weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
-    step, best, weights, curve = 0, -1.0, None, []
-    for epoch in tqdm(range(1, epochs + 1), unit="epoch", disable=None, leave=False):
+    step, best, curve = 0, math.inf, []
+    for epoch in range(1, epochs + 1):
         learner.train()
         losses = []
         for inputs, targets in batches:
@@ -385,42 +330,133 @@ def fit(learner, train, held, args):
             scaler.update()
             losses.append(loss.detach())
             step += 1
-        if epoch % max(1, epochs // 20) and epoch < epochs:
-            continue
-        mean = torch.stack(losses).mean().item()
-        if not math.isfinite(mean):
-            sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
-        learner.eval()
-        score = validation_score(*outputs(learner, held, args))
-        curve.append({"epoch": epoch, "loss": mean, "validation": score})
-        if score is None or score > best:
-            best = -1.0 if score is None else score
-            weights = copy.deepcopy(learner.state_dict())
+        if epoch % max(1, epochs // 20) == 0 or epoch == epochs:
+            mean = torch.stack(losses).mean().item()
+            validation = loss_of(*outputs(learner.eval(), held, args)).item()
+            if not math.isfinite(mean + validation):
+                sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
+            curve.append({"epoch": epoch, "loss": mean, "validation": validation})
+            if validation < best:
+                best, weights = validation, copy.deepcopy(learner.state_dict())
     learner.load_state_dict(weights)
-    learner.eval()
     return curve
 
 
-# ------------------------------------------------------------------------------- the test, once
+# ----------------------------------------------------------------------------------- the test, once
 
-def score_labels(labels, held, test, patients, args):
-    """Metrics of probabilities: held and test are (probabilities [N,L], labels [N,L])."""
-    chosen = classification_scores(held[1], held[0], names=labels)["threshold"]
-    thresholds = [0.5 if chosen[name] is None else chosen[name] for name in labels]
-    metrics = classification_scores(test[1], test[0], thresholds, labels)
-    metrics["customary"] = classification_scores(test[1], test[0], None, labels)
-    resampled = bootstrap(class_aurocs, test[1], test[0], args.bootstrap, 0, patients)  # [n,L+1]
-    metrics["auroc_ci95"] = central(resampled[:, -1])
-    print(f"{'':<24}{'n+':>6}{'AUROC':>8}{'95 %':>16}{'F1':>8}{'ACC':>8}{'F1*':>8}{'ACC*':>8}")
-    for k, name in enumerate(labels):
-        metrics["per_class"][name]["auroc_ci95"] = central(resampled[:, k])
-    return metrics
+def score_labels(args, labels, held, test, patients):
+    """Scores of test: (logits [N,L], labels [N,L]), at thresholds of held, the validation split."""
+    best = classification_scores(held[1], held[0].sigmoid(), names=labels)["threshold"]
+    thresholds = [0.5 if best[name] is None else best[name] for name in labels]
+    return scores_with_intervals(test[1].numpy(), test[0].sigmoid().numpy(), thresholds, labels,
+                                 args.bootstrap, 0, patients)
 
 
-def dice_iou(guess, masks):
-    """(Dice [N], IoU [N]) of bool [N,s,s] each; 1 where both are empty."""
-    both = (guess & masks).sum((1, 2))
-    either = (guess | masks).sum((1, 2))
-    empty = either == 0
-    return (np.where(empty, 1, 2 * both / np.maximum(both + either, 1)),
-            np.where(empty, 1, both / np.maximum(either, 1)))
+def dice_of(regions, masks):
+    """[N]: Dice of regions and masks, bool [N,s,s]; 1 where both are empty."""
+    both, total = (regions & masks).sum((1, 2)), regions.sum((1, 2)) + masks.sum((1, 2))
+    return np.where(total == 0, 1, 2 * both / np.maximum(total, 1))
+
+
+def fixed_region(masks):
+    """What one can say without a look: the mean mask above its best threshold, [1,s,s]."""
+    masks = masks[masks.any((1, 2))]
+    mean = masks.mean(0) / masks.mean(0).max()
+    dice = np.mean([dice_scores(mean, mask, THRESHOLDS) for mask in masks], axis=0)
+    return mean[None] > THRESHOLDS[dice.argmax()]
+
+
+def score_masks(args, regions, masks, fixed, patients):
+    """Scores of predicted regions against masks, bool [N,s,s] both."""
+    dice, sick = dice_of(regions, masks), masks.any((1, 2))                     # sick: has a mask
+    iou, alarms = dice / (2 - dice), regions.any((1, 2)) & ~sick
+    fixed_dice = dice_of(np.repeat(fixed, len(masks), 0), masks)
+    interval = [bootstrap_ci(lambda d, _: d.mean(), dice[rows], dice[rows], args.bootstrap, 0,
+                             patients[rows]) for rows in (sick, np.ones_like(sick))]
+    return {"n": int(sick.sum()), "threshold": 0.5, "dice": dice[sick].mean(),
+            "dice_ci95": interval[0], "iou": iou[sick].mean(),
+            "n_all": len(sick), "dice_all": dice.mean(), "dice_all_ci95": interval[1],
+            "iou_all": iou.mean(), "false_alarms": alarms.sum() / max(1, (~sick).sum()),
+            "trivial": {"fixed_dice": fixed_dice[sick].mean(), "empty_dice_all": (~sick).mean()}}
+
+
+# -------------------------------------------------------------------------------------- the command
+
+def one_run(args, seed, labels, train, held, test, model):
+    """One seed, from the subset to the test -> (network, scores, arrays for the .npz)."""
+    torch.manual_seed(seed)
+    present = train.targets == 1                                                # [N,L] or [N,s,s]
+    if args.task == "segmentation":
+        present = present.flatten(1).any(1, keepdim=True)                       # [N,1]
+    subset = nested_subset(train.patients, present.numpy(), args.ratio, seed)
+    train = Images(train.table, train.rows[subset], train.targets[subset], args.image_size)
+    print(f"seed {seed}: {len(train)} images of {len(set(train.patients))} patients to learn from, "
+          f"{len(held)} to choose by, {len(test)} to test")
+    net = build(args, labels, model)
+    last = list(net.head.modules())[-1]  # starts at the base rate of its targets
+    nn.init.constant_(last.bias, torch.logit((train.targets == 1).float().mean()))
+    if args.task == "classification" and not args.unfreeze:
+        features = [TensorDataset(*outputs(net.features, part, args)) for part in (train, held)]
+        curve = fit(net.head, *features, args)
+    else:
+        train.augment = True
+        curve = fit(net, train, held, args)
+    net.eval()
+    logits, targets = outputs(net, test, args)
+    if args.task == "classification":
+        scores = score_labels(args, labels, outputs(net, held, args), (logits, targets),
+                              test.patients)
+    else:
+        scores = score_masks(args, logits.numpy() > 0, targets.numpy() == 1,
+                             fixed_region(train.targets.numpy() == 1), test.patients)
+    ids = [test.table.ids[row] for row in test.rows]
+    return net, scores | {"seed": seed, "curve": curve}, {
+        "ids": ids, "names": labels, "labels": targets.numpy(), "scores": logits.sigmoid().numpy()}
+
+
+def draw(path, scores, arrays, test):
+    """The classes' AUROC and ROC curves, or the first test images with a mask, not the best."""
+    names, truth, answers = arrays["names"], arrays["labels"], arrays["scores"]
+    if "per_class" in scores:
+        figures.draw_classes(path, scores["per_class"], names, truth, answers)
+    else:
+        sick = np.flatnonzero(truth.any((1, 2)))[:8]
+        figures.draw_masks(path, [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
+                                   arrays["ids"][k]) for k in sick], names[0])
+
+
+def main(args):
+    model = fill_in(args)
+    table = data.load_from_args(args, args.image_size)
+    labels = choose_labels(args, table)
+    splits = [read_split(args, table, split, labels) for split in ("train", "validate", "test")]
+    network = Path(args.out_dir, f"finetune-{args.dataset}-{args.task}.pt")
+    stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
+    runs = []
+    for seed in range(args.seed, args.seed + args.seeds):
+        net, scores, arrays = one_run(args, seed, labels, *splits, model)
+        runs.append(scores)
+        for name, value in {**scores, **scores.get("trivial", {})}.items():
+            if isinstance(value, (float, tuple)):
+                print(f"{name:<16}{np.round(value, 3)}")
+        if seed == args.seed:  # the first one gives the checkpoint, the predictions and the figure
+            with atomic(network) as draft:
+                torch.save({"model": net.state_dict(), "config": net.config}, draft)
+            with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:
+                np.savez_compressed(file, **arrays)
+            with atomic(f"{stem}.png") as draft:
+                draw(draft, scores, arrays, splits[2])
+    key = "auroc" if args.task == "classification" else "dice"
+    mean, deviation = np.mean([run[key] for run in runs]), np.std([run[key] for run in runs])
+    print(f"{key} {mean:.4f} +- {deviation:.4f} over {len(runs)} seeds")
+    result = {"task": args.task, "dataset": args.dataset, "labels": labels, **runs[0],
+              f"{key}_mean": mean, f"{key}_std": deviation, "args": vars(args), "runs": runs}
+    with atomic(f"{stem}.json") as draft:
+        draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    with atomic(f"{stem}_curve.png") as draft:
+        figures.draw_curves(draft, [run["curve"] for run in runs], "loss")
+    print(f"written: {network}, {stem}.json .npz .png _curve.png")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

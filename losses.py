@@ -74,15 +74,30 @@ def icl_loss(relation_logits, existence):
     return existence_loss(relation_logits, existence)                           # Eq. 6
 
 
+def swap_loss(swapped_logits, existence):
+    """ICL once more, with the streams of two films: not in the paper (`train.py --separate`).
+
+    swapped_logits [B,n,m] relate film b's pathology embeddings to the anatomy embeddings of film
+    b - 1; existence [B,n,m] of the films themselves. A pair is present where the pathology is
+    anywhere in film b and something is at the anatomy in film b - 1. The pathology embedding can
+    only say what, the anatomy embedding only where: the other film knows nothing of the rest.
+    """
+    pathology, anatomy = image_labels(existence)                                # [B,m], [B,n]
+    anatomy = anatomy.roll(1, 0)
+    pair = (anatomy == 1)[:, :, None] & (pathology == 1)[:, None, :]            # [B,n,m]
+    known = (anatomy >= 0)[:, :, None] & (pathology >= 0)[:, None, :]
+    return existence_loss(swapped_logits, torch.where(known, pair.long(), -1))
+
+
 def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1.0,
-                 contrast="prototype", unmentioned="negative", negatives=7,
-                 pathology_negatives=None, anatomy_negatives=None):
+                 contrast="prototype", unmentioned="negative", swapped_logits=None, separate=0.0,
+                 negatives=7, pathology_negatives=None, anatomy_negatives=None):
     """Eq. 7: existence + alpha ProtoCL + beta ICL, each but ICL summed over the streams.
 
     out: the model's output; existence [B,n,m]; texts [m,T], [n,T]. contrast: prototype | random |
-    none. pathology_negatives [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives]
-    pathologies. Returns {"loss", "existence", "protocl", "icl"}; an alpha or beta of 0 still
-    reports its part.
+    none. swapped_logits [B,n,m] add the swap loss with weight `separate`. pathology_negatives
+    [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives] pathologies. Returns {"loss",
+    "existence", "protocl", "icl"}; an alpha or beta of 0 still reports its part.
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)
@@ -97,5 +112,7 @@ def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1
                                    anatomy_negatives, prototype)
     icl = icl_loss(out.relation_logits, existence)
     alpha = 0.0 if contrast == "none" else alpha
-    return {"loss": exist + alpha * proto + beta * icl,                         # Eq. 7
-            "existence": exist, "protocl": proto, "icl": icl}
+    loss = exist + alpha * proto + beta * icl                                   # Eq. 7
+    if swapped_logits is not None:
+        loss = loss + separate * swap_loss(swapped_logits, existence)
+    return {"loss": loss, "existence": exist, "protocl": proto, "icl": icl}

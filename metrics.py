@@ -34,9 +34,9 @@ def classification_scores(labels, scores, threshold=None, names=None):
     """
     labels, scores = np.asarray(labels), np.asarray(scores, float)
     if labels.ndim == 2:
-        names = [str(k) for k in range(labels.shape[1])] if names is None else names
+        names = range(labels.shape[1]) if names is None else names
         each = threshold if np.ndim(threshold) else [threshold] * len(names)
-        per_class = {name: classification_scores(labels[:, k], scores[:, k], each[k])
+        per_class = {str(name): classification_scores(labels[:, k], scores[:, k], each[k])
                      for k, name in enumerate(names)}
         mixed = [c for c in per_class.values() if c["auroc"] is not None]
         macro = {key: mean_or_none([c[key] for c in mixed]) for key in ("auroc", "ap", "f1", "acc")}
@@ -65,9 +65,16 @@ def auroc(labels, scores):
     return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
 
 
-def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
-    """(low, high): the central 95 % of metric(labels, scores), a number or an array of them, over n
-    resamples. Whole groups (patients) are redrawn, as two films of one patient are alike."""
+def class_aurocs(labels, scores):
+    """[L+1]: the AUROC of each class of [N,L], and last their mean."""
+    each = np.array([auroc(label, score) for label, score in zip(labels.T, scores.T)])
+    known = each[~np.isnan(each)]
+    return np.append(each, known.mean() if len(known) else np.nan)
+
+
+def bootstrap(metric, labels, scores, n=1000, seed=0, groups=None):
+    """metric(labels, scores) on n resamples -> [n,...]. Whole groups (patients) are redrawn, as two
+    films of one patient are alike."""
     groups = np.arange(len(labels)) if groups is None else groups
     names, group = np.unique(groups, return_inverse=True)
     rng, values = np.random.default_rng(seed), []
@@ -75,7 +82,28 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
         counts = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         rows = np.repeat(np.arange(len(labels)), counts[group])
         values.append(metric(labels[rows], scores[rows]))
-    return tuple(np.nanpercentile(np.array(values, float), [2.5, 97.5], axis=0).tolist())
+    return np.array(values, float)
+
+
+def central(values):
+    """(low, high): the central 95 % of values [n] that are known; (None, None) if none is."""
+    values = values[~np.isnan(values)]
+    return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
+
+
+def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
+    """(low, high) of metric(labels, scores), one number such as `auroc`, over n resamples."""
+    return central(bootstrap(metric, np.asarray(labels), np.asarray(scores), n, seed, groups))
+
+
+def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
+    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
+    `customary` the same at the thresholds that are best on these very labels."""
+    result = classification_scores(labels, scores, thresholds, names)
+    resampled = bootstrap(class_aurocs, labels, scores, n, seed, groups)        # [n,L+1]
+    for k, block in enumerate([*result["per_class"].values(), result]):
+        block["auroc_ci95"] = central(resampled[:, k])
+    return {**result, "customary": classification_scores(labels, scores, None, names)}
 
 
 POINTING = ("pointing_game", "pointing_within_cell", "pointing_released")
@@ -107,9 +135,23 @@ def upsample_map(attention, height, width, size=None, centres=(0.0, None)):
 
 def dice_scores(heat, mask, thresholds):
     """[K]: the Dice of mask [H,W], which is not empty, with the region heat / its maximum > t."""
-    heat = heat / max(heat.max(), 1e-12)
-    regions = (heat > threshold for threshold in thresholds)
-    return np.array([2 * (r & mask).sum() / (r.sum() + mask.sum()) for r in regions])
+    heat, scores = heat / max(heat.max(), 1e-12), []
+    for threshold in thresholds:
+        region = heat > threshold
+        scores.append(2 * (region & mask).sum() / (region.sum() + mask.sum()))
+    return np.array(scores)
+
+
+def best_dice_threshold(heats, masks):
+    """The share of a map's maximum that has the best mean Dice over heats and masks [H,W]."""
+    dice = [dice_scores(heat, mask, THRESHOLDS) for heat, mask in zip(heats, masks)]
+    return float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
+
+
+def fixed_answer(masks):
+    """What can be said without a look at the film: (the mean mask [H,W], its best threshold)."""
+    mean = np.mean(masks, axis=0)
+    return mean, best_dice_threshold([mean] * len(masks), masks)
 
 
 def hit_regions(mask, h, w):
@@ -130,16 +172,6 @@ def points_at(heat, regions):
     return {rule: float(region[heat == heat.max()].mean()) for rule, region in regions.items()}
 
 
-def finding_scores(cells, heat, mask, regions, threshold):
-    """Of one map: cells [h,w], heat [H,W] the same drawn to mask [H,W], regions its hit regions."""
-    hits = points_at(heat, regions)
-    # the released rule points with the whole block of a cell
-    blocks = points_at(nearest(cells, *mask.shape), regions)
-    hits["pointing_released"] = blocks["pointing_released"]
-    dice = float(dice_scores(heat, mask, [threshold])[0])
-    return {**hits, "iou": dice / (2 - dice), "dice": dice}
-
-
 def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)):
     """Pointing by three rules, IoU and Dice of what exceeds `threshold` of a map's maximum: means
     over maps [h,w] and their masks [H,W], without the empty masks. The rest: `upsample_map`."""
@@ -147,15 +179,21 @@ def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)
     for cells, mask in zip(attention, masks):
         cells, mask = np.asarray(cells, float), np.asarray(mask) > 0
         if mask.any():
+            regions = hit_regions(mask, *cells.shape)
             heat = upsample_map(cells, *mask.shape, size, centres)
-            each.append(finding_scores(cells, heat, mask, hit_regions(mask, *cells.shape), threshold))
+            scores = points_at(heat, regions)
+            # as released, the whole block of the highest cell points
+            blocks = points_at(nearest(cells, *mask.shape), regions)
+            scores["pointing_released"] = blocks["pointing_released"]
+            dice = float(dice_scores(heat, mask, [threshold])[0])
+            each.append({**scores, "iou": dice / (2 - dice), "dice": dice})
     means = {key: mean_or_none([e[key] for e in each]) for key in (*POINTING, "iou", "dice")}
     return {**means, "threshold": threshold, "n": len(each)}
 
 
 def place_scores(truth, scores, counted=True):
-    """At which of the places that occur is a finding? truth, scores [N,n,m]; counted: bool [N,m],
-    the findings that count.
+    """At which of the places that occur is a finding? truth, scores [N,n,m] (n anatomies, m
+    pathologies); counted bool [N,m]: the findings that count.
 
     top1: of the findings in a film, the share with a true place as their best. recall: of the k
     places of a finding at several, the share among its k highest; chance: the same at random.
@@ -188,3 +226,22 @@ def relation_scores(truth, scores, mirror, least=5):
     return {"auroc": pooled["auroc"], "ap": pooled["ap"], "cell_auroc": mean_or_none(cells),
             "side": mean_or_none(side), "top1": place_scores(truth, scores)["top1"],
             "n": len(truth), "n_cells": len(cells), "n_sided": len(side)}
+
+
+def scores_apart(truth, in_train, existence, pairs, places):
+    """Scores of findings at cells that no training film has (held_out), and at the other cells of
+    the same pathologies (seen); {} without such cells. in_train bool [n,m], existence [N,m], pairs
+    and places as truth. auroc: existence in these films against films without the pathology.
+    """
+    present, scores = truth == 1, {}
+    held_out = present.any(0) & ~in_train                                       # [n,m]
+    asked = held_out.any(0)                                                     # [m]
+    for key, cells in (("held_out", held_out), ("seen", in_train & asked)):
+        if asked.any():
+            only = (present & cells).any(1) & ~(present & ~cells).any(1)        # [N,m]
+            labels = np.where(only, 1, np.where(present.any(1), -1, 0))         # [N,m]
+            films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
+            pooled = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
+            scores[key] = {"auroc": films["auroc"], "relation_ap": pooled["ap"], "place_top1":
+                           place_scores(truth, places, only)["top1"], "n": int(only.sum())}
+    return scores

@@ -318,6 +318,11 @@ class MeDSLIP(nn.Module):
         s = z1_a @ z1_p.transpose(1, 2)                                         # [B,n,m] Eq. 5
         return self.icl_scale * s + self.icl_bias if self.config.icl == "cosine" else s
 
+    def swap(self, out):
+        """Relation logits [B,n,m] of film b's pathologies with film b - 1's anatomies: see
+        losses.swap_loss."""
+        return self.relate(out.pathology_queried, out.anatomy_queried.roll(1, 0))
+
     def cell_centres(self):
         """-> (offset, stride): along either axis cell i is centred on pixel offset + stride * i."""
         return self.centre, self.stride

@@ -59,24 +59,16 @@ CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
 def swap_sides(name):
     """The name of the same place in a mirrored image: left_pleural <-> right_pleural.
 
-    middle_right_lobe, right_atrium and right_ventricle have no left partner: the result
-    (middle_left_lobe) is in no query list. `data.mirror_index` deals with that.
+    Some places have no partner: middle_left_lobe is in no query list (see data.can_mirror).
     """
     if "left" in name:
         return name.replace("left", "right")
     return name.replace("right", "left")
 
 
-def words_of(cell):
-    """The words of a cell in the landmark table: "base or lower" -> {"base", "lower"}."""
-    return set(cell.split(" or ")) - {""}
-
-
-LANDMARKS = []  # (name, [words of which one must occur, ...], words that must not, exact strings)
-for row in vocabulary_rows("landmarks"):
-    needed = [words_of(row[key]) for key in ("one_of", "and_one_of", "and_one_of_too") if row[key]]
-    LANDMARKS.append((row["landmark"], needed, words_of(row["none_of"]),
-                      words_of(row["or_exactly"])))
+# Rows of the landmark table with sets for cells: "base or lower" -> {"base", "lower"}
+LANDMARKS = [{column: set(cell.split(" or ")) - {""} for column, cell in row.items()}
+             for row in vocabulary_rows("landmarks")]
 
 
 @functools.lru_cache(2 ** 14)
@@ -87,10 +79,11 @@ def landmark(anatomy):
     and the first that fits wins, as in the published table. What fits none is "other".
     """
     words = set(anatomy.split("|"))
-    for name, needed, barred, exact in LANDMARKS:
-        fits = not words & barred and all(words & choice for choice in needed)
-        if fits or anatomy in exact:
-            return name
+    for row in LANDMARKS:
+        needed = [row[key] for key in ("one_of", "and_one_of", "and_one_of_too") if row[key]]
+        fits = not words & row["none_of"] and all(words & choice for choice in needed)
+        if fits or anatomy in row["or_exactly"]:
+            return next(iter(row["landmark"]))
     return "unspecified" if anatomy == "unspecified" else "other"
 
 
@@ -127,9 +120,7 @@ def bucket(concept):
     """The concept itself if it is one of the 75 pathologies, else the bucket that takes it."""
     if concept in DEFINITIONS:
         return concept
-    if CONCEPT_OF.get(concept) == "excluded_obs":
-        return "excluded_obs"
-    return "tail_abnorm_obs"
+    return "excluded_obs" if CONCEPT_OF.get(concept) == "excluded_obs" else "tail_abnorm_obs"
 
 
 # --------------------------------------------------------------------------------------- RadGraph

@@ -1,29 +1,23 @@
 """Pre-train MeDSLIP: images and reports in, out/ckpt.pt out (arXiv 2403.10635, Sec. II-III).
 
     torchrun --nproc_per_node=4 train.py --data mimic          # the paper's sizes on four GPUs
-    python train.py --data mimic --accumulate 4                # the same on one
     python train.py                                            # --data synthetic: CPU, minutes
     python train.py --max-steps 60                             # a minute
 
 Everything random about a step (dropout, drawn negatives) is a function of (seed, step, part of the
 batch), the order of the images one of (seed, epoch), their augmentation one of (seed, epoch, row).
-So a resumed run repeats an uninterrupted one to the last bit (on a GPU: with --deterministic), and
-two processes repeat one with `--accumulate 2`.
+So a resumed run repeats an uninterrupted one (on a CPU to the last bit), and two processes repeat
+one with `--accumulate 2`.
 
-Where paper, released code and this project differ, RECIPES has a row for it. `--recipe` chooses
-the column; single flags override it.
+RECIPES has a row where paper, released code and this project differ; `--recipe` takes a column.
 """
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict
-from datetime import timedelta
-from multiprocessing import get_all_start_methods
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +26,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from checkpoint import read_checkpoint
-from cli import InputError, Parser, atomic, number, pick_amp, pick_device, run
+from checkpoint import training_state
+from cli import InputError, Parser, atomic, join_processes, number, pick_amp, run
 from data import DATASETS, Batches, add_data_flags, load_from_args, normalise, to_input
 from losses import image_labels, medslip_loss
 from metrics import classification_scores
 from model import MeDSLIP, MeDSLIPConfig
-from text import (ANATOMIES, PATHOLOGIES, anatomy_prompts, encode_text, pathology_prompts,
-                  read_pathology_book, top_queries)
+from text import (ANATOMIES, CLINICAL_BERT, PATHOLOGIES, anatomy_prompts, encode_text,
+                  pathology_prompts, read_pathology_book, top_queries)
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -59,7 +53,8 @@ PAPER = dict(  # Table II and Sec. III-B; the released augmentation
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     alpha=1.0, beta=1.0, crop=0.2, augment_ops=2, queries="published", pathologies=75, anatomies=51,
-    text_encoder="emilyalsentzer/Bio_ClinicalBERT")
+    text_encoder=CLINICAL_BERT, streams="dual", contrast="prototype",
+    separate=0.0, accumulate=1, hold_out="", seed=0, out_dir="out", log_every=20, save_every=1000)
 SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores
     epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.6, backbone="small", image_size=64, dim=96,
     layers=2, dropout=0.0, position="sincos", crop=0.8, augment_ops=0, queries="corpus",
@@ -70,12 +65,8 @@ ROCO = PAPER | dict(  # real figures with their captions on one CPU core
     image_size=96, layers=1, dropout=0.0, crop=0.5, augment_ops=0, queries="corpus",
     text_encoder="hashing", pathologies=16, anatomies=24,
     alpha=0.1)  # with 1 ProtoCL is nine tenths of the loss, and existence is not learned
-OTHER = dict(
-    recipe="ours", streams="dual", contrast="prototype", accumulate=1, hold_out="", seed=0,
-    out_dir="out", log_every=20, save_every=1000)
-# flags that --resume may change; a change of any other is refused by name
 FREE = {"resume", "max_steps", "out_dir", "root", "cache_dir", "workers", "device", "log_every",
-        "save_every", "accumulate", "compile"}
+        "save_every", "accumulate", "compile"}  # the flags that --resume may change
 
 
 def parse_args(argv=None):
@@ -106,15 +97,15 @@ def parse_args(argv=None):
     g.add_argument("--contrast", choices=["prototype", "random", "none"], help="PCL")
     g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1)")
     g.add_argument("--beta", type=number(float, 0), help="weight of ICL (1; synthetic 10)")
+    g.add_argument("--separate", type=number(float, 0), help="weight of the swap loss (0)")
     g.add_argument("--mask", choices=["sigmoid", "linear", "none", "hard"], help="see model.py")
     g.add_argument("--icl", choices=["cosine", "bare", "dot"], help="bare: Eq. 5 as printed")
     g.add_argument("--existence", choices=["evidence", "embedding"], help="embedding: the paper's")
     g.add_argument("--unmentioned", choices=["negative", "ignore"], help="what reports do not say")
-    g = p.add_argument_group("augmentation")
     g.add_argument("--flip", choices=["swap", "none", "naive"], help="naive: sides not exchanged")
+    g = p.add_argument_group("optimisation")
     g.add_argument("--crop", type=number(float, 0.01, 1), help="smallest area of the random crop")
     g.add_argument("--augment-ops", type=number(int, 0), help="operations per image (paper: 2)")
-    g = p.add_argument_group("optimisation")
     g.add_argument("--epochs", type=number(int, 1))
     g.add_argument("--max-steps", type=number(int, 1), help="stop here; the schedule is unchanged")
     g.add_argument("--batch-size", type=number(int, 1), help="over all processes and parts")
@@ -132,7 +123,6 @@ def parse_args(argv=None):
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], help="auto: see cli.pick_amp")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--deterministic", action="store_true", help="CUDA: the same numbers, slower")
     g.add_argument("--log-every", type=number(int, 1), metavar="STEPS")
     g.add_argument("--save-every", type=number(int, 1), metavar="STEPS", help="beside epoch ends")
     return p.parse_args(argv)
@@ -146,16 +136,15 @@ def resolve(given, saved):
             raise InputError(f"--resume cannot change --{k.replace('_', '-')} from {saved[k]} to "
                              f"{v}; leave it out, or start anew in another --out-dir")
     data, recipe = flags.get("data", "synthetic"), flags.get("recipe", "ours")
+    defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER)
     column = ["paper", "released", "ours"].index(recipe)
-    defaults = OTHER | {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER) | {"data": data}
-    defaults |= {flag: values[column] for flag, values in RECIPES.items()}
+    defaults = defaults | {flag: values[column] for flag, values in RECIPES.items()}
+    defaults |= {"data": data, "recipe": recipe}
     if recipe != "ours":
         defaults |= {"alpha": 1.0, "beta": 1.0}
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
     args = argparse.Namespace(**vars(given) | defaults | kept | flags)
-    if args.streams == "single":
-        if flags.get("beta", 0) > 0:
-            raise InputError("--streams single has no anatomy stream for ICL; leave --beta out")
+    if args.streams == "single":  # it has no anatomy stream for ICL
         args.beta = 0.0
     if args.dim % args.heads:
         raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
@@ -227,57 +216,20 @@ def validate(model, table, queries, unmentioned, device, autocast):
     texts = [queries[kind]["text"].to(device) for kind in ("pathology", "anatomy")]
     names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
     scores, labels = [torch.empty(0, len(names[0]))], [torch.empty(0, len(names[0]))]
-    for start in range(0, len(rows), 64):
-        chunk = rows[start:start + 64]
+    for chunk in np.split(rows, range(64, len(rows), 64)):
         images = torch.from_numpy(table.images[chunk]).to(device)
         with autocast:
             out = model(to_input(images, model.config.image_size), *texts)
         scores.append(out.pathology_logits.float().cpu())                       # [b,m]
         labels.append(image_labels(torch.from_numpy(table.existence(chunk, *names)))[0])
-    labels, scores = torch.cat(labels).numpy(), torch.cat(scores).numpy()
-    if unmentioned == "negative":
-        labels = np.maximum(labels, 0)
-    return classification_scores(labels, scores)["auroc"] or 0.0
-
-
-def start_processes(args):
-    """-> (device, rank, number of processes); joins the others under torchrun."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
-    if args.batch_size % (world * args.accumulate):
-        raise InputError(f"--batch-size {args.batch_size} does not divide into {world} processes x "
-                         f"--accumulate {args.accumulate}")
-    if world > 1 and device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(device)
-    if world > 1:  # gloo carries the stop flag between CPUs, so that no GPU waits for it; a day,
-        # because the others wait while the first process prepares the images
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(days=1))
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return device, rank, world
+    labels = torch.cat(labels).clamp(min=0 if unmentioned == "negative" else -1).numpy()
+    return classification_scores(labels, torch.cat(scores).numpy())["auroc"] or 0.0
 
 
 def ignore_signals(_):
     """A loader's worker serves on when SIGTERM or Ctrl-C reach the whole process group."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def load_saved(args):
-    """The checkpoint that --resume goes on from; without --resume an empty one."""
-    if not args.resume:
-        return {}
-    path = Path(args.out_dir or OTHER["out_dir"], "ckpt.pt")
-    saved = read_checkpoint(path)
-    if not {"optimizer", "scaler", "step", "args", "queries", "best"} <= saved.keys():
-        raise InputError(f"{path} holds weights but no training state; --resume needs our own")
-    return saved
 
 
 def open_log(path, step):
@@ -292,10 +244,13 @@ def open_log(path, step):
 # ------------------------------------------------------------------------------------------ the run
 
 def main(args):
-    saved = load_saved(args)
+    saved = training_state(Path(args.out_dir or "out", "ckpt.pt")) if args.resume else {}
     args = resolve(args, saved.get("args", {}))
     out_dir = Path(args.out_dir)
-    device, rank, world = start_processes(args)
+    device, rank, world = join_processes(args.device)
+    if args.batch_size % (world * args.accumulate):
+        raise InputError(f"--batch-size {args.batch_size} does not divide into {world} processes x "
+                         f"--accumulate {args.accumulate}")
     amp, why = pick_amp(args.amp, device)
     autocast = torch.autocast(device.type, amp) if amp else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
@@ -349,24 +304,26 @@ def main(args):
     def write_log(**numbers):  # JSON knows no NaN
         log.write(json.dumps({k: v for k, v in numbers.items() if math.isfinite(v)}) + "\n")
 
+    def stop_at(what):
+        sys.exit(f"train.py: {what} not finite at step {step}; {out_dir} keeps what was saved "
+                 "before; a lower --lr or --amp off may help")
+
     def save(name):
         if not all(p.isfinite().all() for p in parameters):
-            sys.exit(f"train.py: the weights are not finite at step {step}; nothing was written over "
-                     f"{out_dir / name}; a lower --lr or --amp off may help")
+            stop_at("weights are")
         with atomic(out_dir / name) as draft:
             torch.save({"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(), "config": asdict(raw_model.config),
+                        "scaler": scaler.state_dict(), "config": vars(raw_model.config),
                         "args": vars(args), "epoch": step // per_epoch, "step": step,
                         "rng": torch.get_rng_state(), "best": best, "queries": queries}, draft)
 
     # ---- loop; SIGTERM and SIGINT end it after the step in flight
     stop = []
-    for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda *_: stop.append(True))
-    workers = args.workers
-    if workers is None:
-        workers = 4 if device.type == "cuda" else 0
-    fork = workers > 0 and "fork" in get_all_start_methods()  # shares the memory-mapped images
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    signal.signal(signal.SIGINT, lambda *_: stop.append(True))
+    workers = args.workers if args.workers is not None else 4 * (device.type == "cuda")
+    # forked workers share the memory-mapped images
+    fork = workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(step, total), num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
@@ -405,16 +362,16 @@ def main(args):
         losses = 0
         for k in range(args.accumulate):
             x, y = images.chunk(args.accumulate)[k], existence.chunk(args.accumulate)[k]
-            # for dropout and the negatives that ProtoCL draws
-            part = rank * args.accumulate + k
+            part = rank * args.accumulate + k  # seeds dropout and the negatives of ProtoCL
             torch.manual_seed(((args.seed * 1_000_003 + step) * 4096 + part) % 2**63)
             # gradients travel between processes once per step, with its last part
-            alone = world == 1 or k == args.accumulate - 1
-            with nullcontext() if alone else model.no_sync():
+            exchange = world == 1 or k == args.accumulate - 1
+            with nullcontext() if exchange else model.no_sync():
                 with autocast:
                     out = model(x, pathology_text, anatomy_text)
+                    swapped = raw_model.swap(out) if args.separate else None    # [b,n,m]
                 terms = medslip_loss(out, y, pathology_text, anatomy_text, args.alpha, args.beta,
-                                     args.contrast, args.unmentioned)
+                                     args.contrast, args.unmentioned, swapped, args.separate)
                 scaler.scale(terms["loss"] / args.accumulate).backward()
             losses = losses + torch.stack([v.detach() for v in terms.values()]) / args.accumulate
         scaler.unscale_(optimizer)
@@ -430,8 +387,7 @@ def main(args):
                 dist.all_reduce(losses)
             loss, exist, proto, icl = (losses / world).tolist()
             if not math.isfinite(loss):
-                sys.exit(f"train.py: the loss is not finite at step {step}; {out_dir} keeps what "
-                         "was saved before; a lower --lr or --amp off may help")
+                stop_at("the loss is")
             if rank == 0:
                 rate = seen / (time.perf_counter() - clock)
                 write_log(step=step, epoch=step / per_epoch, lr=optimizer.param_groups[0]["lr"],

@@ -5,7 +5,7 @@
 
 For a new data set copy the file of the one most like it. Each has NAME; GET, where to get it;
 FILES, label files of which one lies at its root; SHARES of train and validate where the publisher
-has no such split; VIEWS "all" or "frontal"; LABELS; SIZE, pixels a side of a phantom; and
+has no such split; VIEWS, "all" or "frontal"; LABELS; SIZE, pixels a side of a phantom; and
     read(root, views, labels) -> (label names, [Item], problems)   opens no image; problems are
                                  (kind, what) of what cannot be used, and the rest is read
     write(root, films, draw)     names each film's files, has them drawn, writes the label files
@@ -24,7 +24,7 @@ from text import PATHOLOGIES
 
 csv.field_size_limit(1 << 27)   # a mask of SIIM may be longer than csv's own limit
 BLANK, UNKNOWN = -2, -3         # labels beside 1, 0, -1 uncertain: not mentioned; nobody looked
-PATHOLOGY = {name.capitalize(): name for name in PATHOLOGIES} | {  # the vocabulary's name of a label
+PATHOLOGY = {name.capitalize(): name for name in PATHOLOGIES} | {  # label: name in text.py
     "No Finding": "normal", "Enlarged Cardiomediastinum": "enlarge", "Lung Opacity": "opacity",
     "Lung Lesion": "lesion", "Pleural Effusion": "effusion", "Pleural Other": "abnormality",
     "Support Devices": "device", "Infiltration": "infiltrate", "Pleural_Thickening": "thicken",
@@ -33,10 +33,13 @@ PATHOLOGY |= {name: name for name in PATHOLOGIES}
 
 
 class Mask(NamedTuple):
+    """Where a label is. kind "file": an image of the whole film, above 127; "bit": bit `place` of
+    a PNG; "rle": SIIM's text; "crop": an image of the part `place` of the film (x, y, width,
+    height in fractions), any channel above 0. source is the path, or the text."""
     label: str
-    kind: str             # file: an image of the film, > 127; bit: bit `place` of a PNG; rle: SIIM's
-    source: str           # text; crop: an image of a part, any channel > 0. source: a path or text
-    place: object = None  # of a crop (x, y, width, height) in fractions of the film
+    kind: str
+    source: str
+    place: object = None
 
 
 class Item(NamedTuple):
@@ -49,9 +52,9 @@ class Item(NamedTuple):
     report: str = ""      # path of a report
     note: str = ""        # or its text
     boxes: tuple = ()     # of (label, x, y, width, height)
-    masks: tuple = None   # of Mask; () where somebody looked and found nothing, None where nobody did
+    masks: tuple = None   # of Mask; () if somebody looked and drew nothing, None if nobody looked
     truth: tuple = ()     # of (pathology, anatomy) as drawn by phantom.py
-    absent: tuple = ()    # labels that were looked for and are not there, beside those with masks
+    absent: tuple = None  # labels looked for and not there; None: every label without a mask
 
 
 def find(root, *names):
@@ -83,9 +86,8 @@ def csv_rows(path, *needed):
                 if name not in header:
                     raise InputError(f"{path} has no column {name!r}; it has {', '.join(header)}")
             for cells in filter(None, rows):
-                row = dict.fromkeys(header, "")
-                row.update(zip(header, map(str.strip, cells)))
-                yield row
+                cells += [""] * (len(header) - len(cells))
+                yield dict(zip(header, map(str.strip, cells)))
     except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
@@ -112,8 +114,8 @@ def paths_by_stem(root):
 def box(label, sides, width, height):
     """(label, x, y, width, height) in fractions of a frame. ValueError if `sides` are no box."""
     x, y, w, h, width, height = map(float, (*sides, width, height))
-    if not min(w, h, width, height) > 0:
-        raise ValueError("a box without area")
+    if not (x >= 0 and y >= 0 and w > 0 and h > 0 and width > 0 and height > 0):  # or it is nan
+        raise ValueError(f"no box: {sides}")
     return label, x / width, y / height, w / width, h / height
 
 

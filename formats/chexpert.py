@@ -37,9 +37,9 @@ def label_values(row):
 
 def read(root, views, labels):
     items, problems = [], []
-    for split, names in [("train", ["train.csv"]), ("validate", ["valid.csv", "val_labels.csv"]),
-                         ("test", ["test_labels.csv", "groundtruth.csv"])]:
-        for row in csv_rows(find(root, *names)):
+    for split, tables in [("train", ["train.csv"]), ("validate", ["valid.csv", "val_labels.csv"]),
+                          ("test", ["test_labels.csv", "groundtruth.csv"])]:
+        for row in csv_rows(find(root, *tables)):
             path = row.get("Path") or row.get("Study", "")
             if path.startswith("CheXpert"):
                 path = path.partition("/")[2]
@@ -52,7 +52,8 @@ def read(root, views, labels):
                 continue
             images = [path]
             if not path.endswith(".jpg"):  # a study
-                images = [f"{path}/{image.name}" for image in sorted(Path(root, path).glob("*.jpg"))]
+                names = sorted(image.name for image in Path(root, path).glob("*.jpg"))
+                images = [f"{path}/{name}" for name in names]
             for image in images:
                 if views == "all" or "frontal" in image:
                     items.append(Item(image[:-4], image, patient, split, values))
@@ -77,8 +78,8 @@ def said(mentions):
 def seen(findings):
     """A radiologist's csv cells for the film itself, by label."""
     drawn = {finding.pathology for finding in findings}
-    cells = {label: f"{float(bool(looks & drawn))}" for label, looks in LABELS.items()}
-    return cells | {"No Finding": f"{float(drawn <= {'tube'})}"}
+    cells = {label: str(float(bool(looks & drawn))) for label, looks in LABELS.items()}
+    return cells | {"No Finding": str(float(drawn <= {"tube"}))}
 
 
 def write(root, films, draw):

@@ -33,7 +33,7 @@ def find_root(dataset, root):
 
 
 def leads_out(path):
-    """Whether a path from a label file leaves the data root; masks may lie in a folder beside it."""
+    """Whether a path of a label file leaves the root; masks may lie in one folder beside it."""
     parts = path.removeprefix(f"../{covid_chestxray.MASKS}/").replace("\\", "/").split("/")
     return os.path.isabs(path) or ".." in parts
 

@@ -41,8 +41,18 @@ def read_labels(root, labels, problems):
     return values
 
 
+def with_findings(item, rows, width, height):
+    """The item with its rows of boxes.csv."""
+    return item._replace(
+        boxes=tuple(box(r["pathology"], (r["x"], r["y"], r["width"], r["height"]), width, height)
+                    for r in rows),
+        masks=tuple(Mask(r["pathology"], "bit", f"masks/{item.id}.png", int(r["finding"]))
+                    for r in rows),
+        truth=tuple((r["pathology"], r["anatomy"]) for r in rows))
+
+
 def read(root, views, labels):
-    items, problems, drawn = [], [], collections.defaultdict(list)
+    items, problems, drawn = [], [], collections.defaultdict(list)  # drawn: rows of boxes.csv
     for row in csv_rows(find(root, "boxes.csv"), "dicom_id", "finding", "pathology", "anatomy"):
         drawn[row["dicom_id"]].append(row)
     frames = {row["dicom_id"]: (row["ViewPosition"], row["Columns"], row["Rows"])
@@ -50,26 +60,22 @@ def read(root, views, labels):
                                   "dicom_id", "ViewPosition", "Columns", "Rows")}
     names, values = list(LABELS), read_labels(root, labels, problems)
     if labels == "drawn":
-        names = sorted({row["pathology"] for found in drawn.values() for row in found})
+        names = sorted({row["pathology"] for rows in drawn.values() for row in rows})
     above = "mimic-cxr-reports/" if find(root, "mimic-cxr-reports") else ""
     for row in csv_rows(find(root, *FILES), "dicom_id", "study_id", "subject_id", "split"):
         name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
-        folder, found = f"files/p{patient[:2]}/p{patient}/s{study}", drawn.get(name, [])
-        present = {r["pathology"] for r in found}
+        folder = f"files/p{patient[:2]}/p{patient}/s{study}"
+        item = Item(name, f"{folder}/{name}.jpg", patient, row["split"],
+                    values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt")
         try:
-            view, *frame = frames[name]
-            item = Item(
-                name, f"{folder}/{name}.jpg", patient, row["split"],
-                values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt",
-                boxes=tuple(box(r["pathology"], (r["x"], r["y"], r["width"], r["height"]), *frame)
-                            for r in found),
-                masks=tuple(Mask(r["pathology"], "bit", f"masks/{name}.png", int(r["finding"]))
-                            for r in found) if drawn else None,
-                truth=tuple((r["pathology"], r["anatomy"]) for r in found))
+            view, width, height = frames[name]
+            if drawn:
+                item = with_findings(item, drawn.get(name, []), width, height)
         except (KeyError, ValueError) as error:
             problems.append(("unreadable-label", f"split.csv: {name} ({error})"))
             continue
         if labels == "drawn":
+            present = {pathology for pathology, _ in item.truth}
             item = item._replace(labels=tuple(int(label in present) for label in names))
         if not study or item.split not in ("train", "validate", "test"):
             problems.append(("unreadable-label", f"split.csv: {name}, split {item.split!r}"))
@@ -83,19 +89,19 @@ def write(root, films, draw):
         f.person = str(10_000_000 + f.patient * 7_654_321 % 9_999_991)  # in no visible order
         study = str(50_000_000 + f.index * 7_654_321 % 9_999_991)
         name = np.random.default_rng([2, f.index]).bytes(20).hex("-", 4)
-        f.image = f"{root}/files/p{f.person[:2]}/p{f.person}/s{study}/{name}.jpg"
-        f.report = f"{root}/files/p{f.person[:2]}/p{f.person}/s{study}.txt"
+        folder = f"{root}/files/p{f.person[:2]}/p{f.person}"
+        f.image, f.report = f"{folder}/s{study}/{name}.jpg", f"{folder}/s{study}.txt"
         f.bits, f.uids = f"{root}/masks/{name}.png", [name, study, f.person]
     films = draw(films)
     write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height",
-              [(f.uids[0], k, found.pathology, found.anatomy, *found.box)
-               for f in films for k, found in enumerate(f.findings)])
+              [(f.uids[0], k, finding.pathology, finding.anatomy, *finding.box)
+               for f in films for k, finding in enumerate(f.findings)])
     write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz",
               "subject_id,study_id," + ",".join(LABELS),
-              [(f.uids[2], f.uids[1], *said(f.mentions).values()) for f in films])
+              [(f.person, f.uids[1], *said(f.mentions).values()) for f in films])
     write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz",
               "dicom_id,subject_id,study_id,ViewPosition,Rows,Columns",
-              [(f.uids[0], f.uids[2], f.uids[1], f.view, f.size, f.size) for f in films])
+              [(f.uids[0], f.person, f.uids[1], f.view, f.size, f.size) for f in films])
     # the split file comes last: a folder without it was not finished
     write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split",
               [(*f.uids, f.split) for f in films])

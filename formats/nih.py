@@ -21,9 +21,9 @@ GET = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "all", 1024
 FRAME = 1024  # boxes are in its pixels
 
-LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-          "Pneumothorax",  # these eight have boxes
-          "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+BOXED = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+         "Pneumothorax"]  # the labels that have boxes
+LABELS = [*BOXED, "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
 
 
 def read_boxes(root, problems):
@@ -62,6 +62,7 @@ def label_of(pathology):
 
 
 def write(root, films, draw):
+    """One folder, with the entry file of 2020."""
     for f in films:
         f.person = f"{f.patient + 1}"
         f.image = f"{root}/images/{f.patient + 1:08d}_{f.visit:03d}.png"
@@ -70,11 +71,14 @@ def write(root, films, draw):
     for f in draw(films):
         name, tested = f.image.split("/")[-1], f.split == "test"
         found = {label_of(finding.pathology) for finding in f.findings}
-        entries.append((name, "|".join(label for label in LABELS if label in found) or "No Finding",
-                        f.visit, f.person, f.age, f.sex, f.view, 2500, 2048, 0.168, 0.168))
-        boxes += [(name, label_of(finding.pathology).replace("Infiltration", "Infiltrate"),
-                   *(side * FRAME / f.size for side in finding.box)) for finding in f.findings
-                  if tested and label_of(finding.pathology) in LABELS[:8]]
+        labels = [label for label in LABELS if label in found] or ["No Finding"]
+        entries.append((name, "|".join(labels), f.visit, f.person, f.age, f.sex, f.view, 2500, 2048,
+                        0.168, 0.168))
+        for finding in f.findings:
+            label = label_of(finding.pathology)
+            if tested and label in BOXED:
+                boxes.append((name, label.replace("Infiltration", "Infiltrate"),
+                              *(side * FRAME / f.size for side in finding.box)))
         lists["test_list.txt" if tested else "train_val_list.txt"] += f"{name}\n"
     write_csv(f"{root}/Data_Entry_2017_v2020.csv",
               "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Sex,View "

@@ -36,7 +36,7 @@ LABELS = list(OPENI)
 
 
 def read_xml(source):
-    """One report, of a path or bytes: dict(id, report, images [file stems], terms). InputError."""
+    """One report, of a path or bytes: dict(id, report, images [file stems], terms)."""
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()
         tree = ElementTree.fromstring(content)
@@ -50,9 +50,9 @@ def read_xml(source):
 
 
 def xml_files(root):
-    """Yield the path or the content of each XML file."""
-    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports*.tgz")
-    if folder or not archive:
+    """Yield the path or the content of each XML file of the NLM's."""
+    archive = find(root, "NLMCXR_reports*.tgz")
+    if find(root, "ecgen-radiology") or archive is None:
         yield from sorted(Path(root, "ecgen-radiology").glob("*.xml"))
         return
     try:
@@ -65,7 +65,7 @@ def xml_files(root):
 
 
 def reports(root, problems=None):
-    """Yield read_xml of every report of the NLM's. Damaged ones go to the list `problems`."""
+    """Yield read_xml of each report; damaged ones go to `problems`, without it to InputError."""
     for source in xml_files(root):
         try:
             yield read_xml(source)
@@ -94,11 +94,12 @@ def read(root, views, labels):
     for report in kaggle_reports(root, views) if kaggle else reports(root, problems):
         heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}
         values = tuple(int(bool(heads & set(terms))) for terms in OPENI.values())
+        if not heads:
+            values = (UNKNOWN,) * len(OPENI)
         for name in report["images"]:
             if views == "all" or view_of.get(name, "PA") in ("PA", "AP"):
                 items.append(Item(name, paths.get(name, f"images/{name}.png"),
-                                  report["id"].removeprefix("CXR"), "",
-                                  values if heads else (UNKNOWN,) * len(OPENI),
+                                  report["id"].removeprefix("CXR"), "", values,
                                   note=report["report"]))
     return LABELS, items, problems
 
@@ -110,14 +111,15 @@ def write(root, films, draw):
         f.image = f"{root}/NLMCXR_png/{f.person}_IM-{f.index + 1:04d}-1001.png"
         f.shape = (round(f.size * 1.2), f.size)
     for f in draw(films):
-        lines = [f'<eCitation><uId id="{f.person}"/><parentImage id="{Path(f.image).stem}"/>']
+        lines = [f'<uId id="{f.person}"/>', f'<parentImage id="{Path(f.image).stem}"/>']
         for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
-            said = html.escape(f.sections.get(part, ""))
+            said = html.escape(f.sections.get(part, "").replace("___", "XXXX"))
             lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
-        for finding in f.findings:
-            if f.mentions.get(finding.pathology) == 1:
-                label, place = finding.pathology.capitalize(), finding.anatomy.replace("_", " ")
-                lines.append(f"<major>{OPENI.get(label, [label])[0]}/{place}</major>")
-        if "<major>" not in "".join(lines):
+        stated = [found for found in f.findings if f.mentions.get(found.pathology) == 1]
+        for found in stated:
+            term = OPENI.get(found.pathology.capitalize(), [found.pathology])[0]
+            lines.append(f"<major>{term}/{found.anatomy.replace('_', ' ')}</major>")
+        if not stated:
             lines.append("<major>normal</major>")
-        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join([*lines, "</eCitation>"]))
+        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml",
+                   "\n".join(["<eCitation>", *lines, "</eCitation>"]))

@@ -7,8 +7,8 @@
 Where the concepts are, an image is kept if it has both; else its caption must name a chest
 radiograph and nothing else, or its id say cxr. Labels come from the captions (data.py). Traps:
 splits are by figure and no article is given, so figures of one article may lie in train and test;
-captions tell a course of illness ("on admission"); some images are lateral views, children, animals,
-or carry arrows.
+captions tell a course of illness ("on admission"); a few images are lateral views, of children or
+animals, or carry arrows.
 """
 import re
 
@@ -32,17 +32,20 @@ def is_chest_film(name, caption):
 
 
 def read(root, views, labels):
-    items, paths = [], paths_by_stem(root)
+    items, problems, paths = [], [], paths_by_stem(root)
     for split, folder in (("train", "train"), ("validate", "valid"), ("test", "test")):
         concepts = find(root, f"{folder}_concepts.csv")
         chosen = {row["ID"] for row in csv_rows(concepts, "ID", "CUIs")
                   if PLAIN_XRAY in row["CUIs"] and CHEST in row["CUIs"]}
         for row in csv_rows(find(root, f"{folder}_captions.csv"), "ID", "Caption"):
             name, caption = row["ID"], row["Caption"]
-            if name in chosen if concepts else is_chest_film(name, caption):
+            keep = name in chosen if concepts else is_chest_film(name, caption)
+            if not name or not caption:
+                problems.append(("unreadable-label", f"{folder}_captions.csv: {name!r}"))
+            elif keep:
                 items.append(Item(name, paths.get(name, f"{folder}/{name}.jpg"), name, split, (),
                                   note=caption))
-    return LABELS, items, []
+    return LABELS, items, problems
 
 
 def write(root, films, draw):

@@ -13,10 +13,7 @@ knows the patient; boxes says nan or nothing where classes is 0.
 import collections
 import io
 import json
-import uuid
 from pathlib import Path
-
-import numpy as np
 
 from formats import Item, box, csv_rows, find, paths_by_stem, write_csv
 
@@ -26,16 +23,15 @@ GET = "kaggle competitions download -c rsna-pneumonia-detection-challenge"
 SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024
 FRAME = 1024  # boxes are in its pixels
 LABELS = ["Pneumonia"]
-SIDES = ("x", "y", "width", "height")
 
 
 def read(root, views, labels):
     items, problems, paths = [], [], paths_by_stem(root)
     sources = {}  # patientId: (NIH patient, file stem)
     mapping = find(root, "pneumonia-challenge-dataset-mappings_2018.json")
-    for row in json.loads(mapping.read_text()) if mapping else []:
+    for row in json.loads(mapping.read_text("utf-8")) if mapping else []:
         sources[row["subset_img_id"]] = row["img_id"].split("_")[0], row.get("SOPInstanceUID")
-    boxes, tests = collections.defaultdict(list), {}  # patientId: sides of its boxes; file stem
+    boxes, tests = collections.defaultdict(list), {}  # patientId: its boxes; its file stem
     kaggle = find(root, "stage_2_train_labels.csv")
     for row in csv_rows(find(root, "*rsna*test*.csv", "test.csv")):
         if {"ID", "img_path", "boxes", "classes"} <= row.keys():
@@ -43,10 +39,10 @@ def read(root, views, labels):
             if kaggle is None:
                 found = row["boxes"].split("|") if row["classes"] == "1" else []
                 boxes[row["ID"]] = [sides.split(";") for sides in found]
-    for row in csv_rows(kaggle, "patientId", "Target", *SIDES):
+    for row in csv_rows(kaggle, "patientId", "x", "y", "width", "height", "Target"):
         found = boxes[row["patientId"]]
         if row["Target"] != "0":
-            found.append([row[side] for side in SIDES])
+            found.append([row["x"], row["y"], row["width"], row["height"]])
     for name, found in boxes.items():
         patient, stem = sources.get(name, (name, None))
         path = paths.get(name) or paths.get(stem) or paths.get(tests.get(name))
@@ -65,7 +61,7 @@ def read(root, views, labels):
 def name_films(films):
     """Persons, and study, series and image UIDs, in the manner of RSNA and SIIM."""
     for f in films:
-        f.person = str(uuid.UUID(bytes=np.random.default_rng([2, f.index]).bytes(16), version=4))
+        f.person = f"{f.index:08x}-0000-4000-8000-{f.patient:012x}"
         f.uids = [f"1.2.276.0.7230010.3.1.{level}.8323329.{f.index + 301}.1517875217.{f.index}"
                   for level in (2, 3, 4)]
 
@@ -80,14 +76,14 @@ def save_dicom(film, image):
     file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
     file.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
     file.StudyInstanceUID, file.SeriesInstanceUID, file.SOPInstanceUID = film.uids
-    file.PatientName = file.PatientID = film.person
-    file.PatientSex, file.ViewPosition, file.Modality = film.sex, film.view, "CR"
-    file.Rows, file.Columns, file.SamplesPerPixel = image.height, image.width, 1
+    file.PatientName, file.PatientID, file.PatientSex = film.person, film.person, film.sex
+    file.Modality, file.ViewPosition, file.LossyImageCompression = "CR", film.view, "01"
+    file.Rows, file.Columns = image.height, image.width
+    file.PhotometricInterpretation, file.SamplesPerPixel = "MONOCHROME2", 1
     file.BitsAllocated, file.BitsStored, file.HighBit, file.PixelRepresentation = 8, 8, 7, 0
-    file.PhotometricInterpretation, file.LossyImageCompression = "MONOCHROME2", "01"
     file.PixelData = pydicom.encaps.encapsulate([jpeg.getvalue()])
     file["PixelData"].VR = "OB"
-    with pydicom.config.disable_value_validation():  # it would want 058Y
+    with pydicom.config.disable_value_validation():  # it would want the age as 058Y
         file.PatientAge = str(film.age)
         file.save_as(film.image, enforce_file_format=True)
 
@@ -98,16 +94,10 @@ def write(root, films, draw):
     for f in films:
         f.image = f"{root}/stage_2_train_images/{f.person}.dcm"
         f.sure = ("pneumonia", 0.15)
-    labels, classes = [], []
+    rows = []
     for f in draw(films):
-        boxes = [finding.box for finding in f.findings
+        boxes = [[float(round(side * FRAME / f.size)) for side in finding.box]
+                 for finding in f.findings
                  if finding.pathology in ("pneumonia", "opacity", "consolidation")]
-        for sides in boxes:
-            labels.append((f.person, *(float(round(side * FRAME / f.size)) for side in sides), 1))
-            classes.append((f.person, "Lung Opacity"))
-        if not boxes:
-            labels.append((f.person, "", "", "", "", 0))
-            kind = "No Lung Opacity / Not Normal" if f.findings else "Normal"
-            classes.append((f.person, kind))
-    write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target", labels)
-    write_csv(f"{root}/stage_2_detailed_class_info.csv", "patientId,class", classes)
+        rows += [(f.person, *sides, 1) for sides in boxes] or [(f.person, "", "", "", "", 0)]
+    write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target", rows)

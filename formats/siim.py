@@ -71,12 +71,12 @@ def encode(mask):
     """The RLE of a bool [size,size] mask, enlarged to FRAME x FRAME."""
     nearest = np.arange(FRAME) * len(mask) // FRAME
     flat = mask[nearest][:, nearest].T.reshape(-1).astype(np.int8)  # column by column
-    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))      # first of a run, end of it, ...
+    edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))      # start, end, start, end, ...
     return " ".join(map(str, np.diff(edges, prepend=0)))
 
 
 def write(root, films, draw):
-    """A mask that reaches over half of the rows comes as two that overlap, as by two readers."""
+    """Stage 1's tree."""
     name_films(films)
     for f in films:
         f.image = f"{root}/dicom-images-train/{'/'.join(f.uids)}.dcm"

@@ -177,7 +177,7 @@ def test_a_checkpoint_that_cannot_be_written(phantoms, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     "--lr -1", "--batch-size 7 --accumulate 2", "--dim 18", "--data nowhere", "--resume",
-    "--streams single --beta 1", "--hold-out cold", "--device cuda:9", "--crop 0", "--epochs none",
+    "--hold-out cold", "--device cuda:9", "--crop 0", "--epochs none",
     "--recipe paper --data mimic", "--text-encoder no/such-model", "--pathology-book none.json",
     "--triplets none.json", "--data nih"])
 def test_wrong_flags_are_one_line(phantoms, tmp_path, flags):

@@ -1,0 +1,322 @@
+"""Synthetic radiographs with findings, masks and reports, in the data sets' own folders.
+
+    python phantom.py --root data/hard --world hard --count 7000     # the films of the ablations
+    python phantom.py --layout nih --root /tmp/nih --count 1000      # rehearse a data set
+    python phantom.py --root /tmp/phantoms --count 200               # MIMIC's folders, seconds
+
+chest.py draws a film. This file chooses its findings, dictates its report in the sentences of
+vocabulary_phrases.csv, and formats/NAME.py lays out the folders. The bytes depend on layout, count,
+seed, size, places and world alone.
+"""
+import collections
+import functools
+import math
+import os
+import textwrap
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm.contrib.concurrent import process_map
+
+from chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
+from cli import InputError, Parser, cores, number, run
+from formats import write_text
+from formats.items import FORMATS
+from formats.rsna import save_dicom
+from text import swap_sides, vocabulary_rows
+
+
+class Finding(NamedTuple):
+    pathology: str
+    anatomy: str
+    box: tuple               # x, y, width, height in pixels of the film
+    mask: object = None      # bool [size,size], where Film.keep_masks
+
+
+@dataclass
+class Film:
+    seed: tuple              # the first fields are from plan()
+    world: str
+    places: float
+    index: int
+    patient: int
+    visit: int
+    split: str
+    age: int
+    sex: str
+    view: str
+    size: int                # pixels a side
+    image: str = ""          # the next are set by write() of a format: a path, by its ending PNG,
+    report: str = None       # JPEG or DICOM; a path of the report,
+    bits: str = None         # of a PNG whose bit k is the mask of finding k,
+    lungs: str = None        # of a PNG of the lungs' mask
+    among: list = None       # pathologies to choose from; None: all but COVID-19
+    sure: tuple = (None, 0)  # a pathology that comes first, at this rate
+    mode: str = "L"          # of Pillow
+    shape: tuple = None      # (height, width) if it is not square
+    person: str = ""
+    uids: list = None
+    keep_masks: bool = False
+    findings: list = field(default_factory=list)    # the last are set by draw()
+    mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
+    sections: dict = field(default_factory=dict)    # {header: text} of the report
+
+
+def plan(count, seed, size, places, world):
+    """The films of a set: patients come one to three times, splits are by patient."""
+    rng, films, patient = stream(seed, "plan"), [], 0
+    while len(films) < count:
+        if patient % 10 == 0:
+            splits = rng.sample(("train", "validate", "test"), 10, counts=WORLDS[world].splits)
+        age, sex = rng.randint(18, 90), rng.choice("MF")
+        for visit in range(min(rng.randint(1, 3), count - len(films))):
+            films.append(Film((seed, len(films)), world, places, len(films), patient, visit,
+                              splits[patient % 10], age, sex, rng.choice(("PA", "AP")), size))
+        patient += 1
+    return films
+
+
+# --------------------------------------------------------------------------------------- findings
+
+# Findings that would hide each other share a spot, and a film has one finding per spot at most.
+LEVEL = {"pleural": "lower", "diaphragm": "lower", "lower_lung": "lower", "apical_lung": "upper",
+         "upper_lung": "upper", "mid_lung": "mid", "hilar": "mid"}
+SPOTS = {"edema": {"left mid", "right mid"}, "covid-19": {"left lower", "right lower"}}
+MOST = 8        # findings in a film: their masks are the bits of a byte
+SEVERAL = 1.25  # makes up for pathologies with one place, and for spots that are taken
+
+
+def spots(pathology, anatomy):
+    side, _, place = anatomy.partition("_")
+    if pathology == "tube":  # it hides nothing
+        return {f"tube {anatomy}"}
+    return SPOTS.get(pathology, {f"{side} {LEVEL.get(place, place)}"})
+
+
+def choose_findings(film):
+    """[(pathology, anatomy)]: up to three pathologies, each at one to four places."""
+    rng, findings, taken = stream(film.seed, "findings"), [], set()
+    names = film.among or list(LOOKS)
+    weights = [LOOKS[name][0] for name in names]
+    pathologies = rng.choices(names, weights, k=rng.choices((0, 1, 2, 3), (24, 33, 27, 16))[0])
+    first, rate = film.sure
+    if rng.random() < rate:
+        pathologies.insert(0, first)
+    for pathology in dict.fromkeys(pathologies):
+        wanted, places = 1, LOOKS[pathology][1]
+        if rng.random() < film.places * SEVERAL:
+            wanted = rng.choices((2, 3, 4), (75, 19, 6))[0]
+        for anatomy in rng.sample(places, len(places)):
+            finding = pathology, anatomy
+            allowed = film.split == "test" or finding not in WORLDS[film.world].held_out
+            if allowed and wanted and len(findings) < MOST and not taken & spots(*finding):
+                findings.append(finding)
+                taken |= spots(*finding)
+                wanted -= 1
+    return findings
+
+
+# ---------------------------------------------------------------------------------------- reports
+
+PHRASES = collections.defaultdict(list)  # finding or occasion: sentences to choose from
+for row in vocabulary_rows("phrases"):
+    PHRASES[row["finding"]].append(row["template"])
+
+
+def listed(words, conjunction):
+    """"a", "a or b", "a, b or c" """
+    if len(words) == 1:
+        return words[0]
+    return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
+
+
+def place_words(rng, found):
+    """Where findings of one pathology are: "upper zone of the left lung", or a list of places."""
+    names = sorted(f.anatomy.replace("_", " ").replace("hilar", "hilum") for f in found)
+    if len(names) > 1:
+        where = listed(names, "and")
+        if rng.random() < 0.5:  # "left lower and right mid lung"
+            where = where.replace(" lung,", ",").replace(" lung and", " and")
+        return where
+    if found[0].anatomy not in LUNG_ZONES:
+        return names[0]
+    side, zone, _ = names[0].split()
+    return rng.choice(PHRASES["zone"]).format(side=side, zone=zone)
+
+
+def say(rng, key, film, found):
+    """A sentence about findings of one pathology, from the rows `key` of the phrases."""
+    pathology, anatomy, (x, _, width, _), _ = found[0]
+    left = "left" in anatomy
+    if anatomy == "rib":  # its side is the drawn one
+        left = x + width / 2 > film.size / 2
+    text = rng.choice(PHRASES[key]).format(
+        name=pathology, where=place_words(rng, found), zone=anatomy.split("_")[-2:][0],
+        side="left" if left else "right", amount=rng.choice(PHRASES["amount"]))
+    return text[0].upper() + text[1:]
+
+
+def describe(rng, film, found):
+    """Sentences about one pathology at all its places: both sides, a list, or one by one."""
+    pathology, places = found[0].pathology, {f.anatomy for f in found}
+    mirrored = len(places) == 2 and {swap_sides(place) for place in places} == places
+    if mirrored and "left_hilar" not in places and rng.random() < 0.6:
+        return [say(rng, f"{pathology} both", film, found)]
+    if len(places) > 1 and f"{pathology} several" in PHRASES and rng.random() < 0.6:
+        return [say(rng, f"{pathology} several", film, found)]
+    return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, film, [f]) for f in found]
+
+
+def deny(rng, absent):
+    """Sentences that deny one to three pathologies each."""
+    said = []
+    while absent:
+        count = rng.randint(1, 3)
+        names = [PHRASES.get(f"no {name}", [name])[0] for name in absent[:count]]
+        said.append(rng.choice(PHRASES["denied"]).format(name=listed(names, "or")))
+        absent = absent[count:]
+    return said
+
+
+def dictate(film):
+    """What a radiologist says of the findings: film.mentions and film.sections. Some findings are
+    left out or only suspected, by the world's shares; 30 % of what is absent is denied."""
+    rng, world, seen, impression = stream(film.seed, "report"), WORLDS[film.world], [], []
+    drawn = collections.defaultdict(list)
+    for finding in film.findings:
+        drawn[finding.pathology].append(finding)
+    for pathology, found in drawn.items():
+        luck = rng.random()
+        doubtful = luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES
+        if luck < world.left_out:
+            continue
+        film.mentions[pathology] = -1 if doubtful else 1
+        if doubtful:
+            seen.append(say(rng, "suspected", film, found))
+        else:
+            seen += describe(rng, film, found)
+            impression += describe(rng, film, found)
+    # "no focal opacity" beside a consolidation would deny what is drawn
+    alike = {*PATCHES, "covid-19"}
+    undeniable = {*drawn} | (alike if alike & drawn.keys() else {"covid-19"})
+    absent = [name for name in LOOKS if name not in undeniable and rng.random() < 0.3]
+    film.mentions |= dict.fromkeys(absent, 0)
+    seen += deny(rng, absent)
+    for name in ("cardiomegaly", "fracture"):
+        if name not in drawn and rng.random() < 0.3:
+            seen.append(rng.choice(PHRASES[f"without {name}"]))
+    if not drawn:
+        seen.append(rng.choice(PHRASES["normal lungs"]))
+        impression.append(rng.choice(PHRASES["normal film"]))
+    rng.shuffle(seen)
+    film.sections = {"EXAMINATION": rng.choice(PHRASES[film.view]),
+                     "INDICATION": f"___{film.sex} {rng.choice(PHRASES['indication'])}"}
+    if rng.random() < 0.5:
+        film.sections["COMPARISON"] = rng.choice(PHRASES["comparison"])
+    said = " ".join(seen) or "Single frontal view."
+    form = rng.choice(("both", "both", "findings", "impression"))
+    if form != "impression":
+        film.sections["FINDINGS"] = said
+    if form == "both":
+        said = " ".join(impression) or "As above."
+    if form != "findings":
+        film.sections["IMPRESSION"] = said
+
+
+def lay_out(sections):
+    """MIMIC's page: FINAL REPORT, one leading space per line, " " for a blank line."""
+    paragraphs = [textwrap.fill(f"{header}:  {text}", 79, initial_indent=" ", subsequent_indent=" ")
+                  for header, text in sections.items()]
+    return " " * 33 + "FINAL REPORT\n" + "\n \n".join(paragraphs) + "\n"
+
+
+# ------------------------------------------------------------------------------------------ files
+
+def bounding_box(mask):
+    """(x, y, width, height) in pixels, inside the film, no side below 6 of 64 pixels."""
+    left, top, right, bottom = Image.fromarray(mask).getbbox()
+    size, least = len(mask), math.ceil(len(mask) * 6 / 64)
+    width, height = max(right - left, least), max(bottom - top, least)
+    x, y = (left + right - width) // 2, (top + bottom - height) // 2
+    return min(max(x, 0), size - width), min(max(y, 0), size - height), width, height
+
+
+def draw_one(film):
+    """Choose a film's findings, draw it, dictate its report, write its files."""
+    image, masks, lungs = draw_film(film.seed, choose_findings(film), film.size, film.world)
+    film.findings = [Finding(*finding, bounding_box(mask), mask if film.keep_masks else None)
+                     for finding, mask in masks.items()]
+    dictate(film)
+    for path in (film.image, film.bits, film.lungs):
+        if path:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+    image = Image.fromarray(image).convert(film.mode)
+    if film.shape:
+        height, width = film.shape
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if film.image.endswith(".dcm"):
+        save_dicom(film, image)
+    else:
+        image.save(film.image, quality=95, compress_level=1)  # of JPEG and of PNG
+    if film.report:
+        write_text(film.report, lay_out(film.sections))
+    if film.bits and masks:
+        bits = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks.values()))
+        Image.fromarray(bits).save(film.bits, compress_level=1)
+    if film.lungs:
+        Image.fromarray(lungs).convert("L").save(film.lungs)
+    return film
+
+
+def draw(films, workers):
+    """The films, drawn and written, in their order."""
+    if workers == 1 or len(films) < 32:  # starting processes would take longer
+        return [draw_one(film) for film in films]
+    return process_map(draw_one, films, max_workers=workers, chunksize=16, desc="drawing",
+                       unit=" films", disable=len(films) < 1000)
+
+
+LAYOUTS = {name: module for name, module in FORMATS.items() if name != "synthetic"}
+
+
+def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=None):
+    """Draw `count` films into the folders of a data set at `root`, a new folder.
+
+    size: pixels a side (default: that of the data set). places: the share of pathologies that are
+    at two places or more of a film. InputError for an unknown layout, for a root that holds files
+    or cannot be written.
+    """
+    if layout not in LAYOUTS:
+        raise InputError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
+    films = plan(count, seed, size or LAYOUTS[layout].SIZE, places, world)
+    try:
+        if os.path.isdir(root) and os.listdir(root):
+            raise InputError(f"{root} is not empty; give another --root or delete it first")
+        LAYOUTS[layout].write(root, films, functools.partial(draw, workers=workers or cores()))
+    except OSError as error:
+        raise InputError(f"cannot write to {root}: {error.strerror or error}")
+
+
+def parse_args(argv=None):
+    p = Parser(description="Draw synthetic radiographs with reports.")
+    p.add_argument("--layout", default="mimic", metavar="NAME", help=" ".join(LAYOUTS))
+    p.add_argument("--root", metavar="DIR", help="a new folder (data/phantom-<layout>)")
+    p.add_argument("--count", type=number(int, 1), default=200, metavar="N", help="films (200)")
+    p.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
+    p.add_argument("--size", type=number(int, 32), metavar="PIXELS", help="a side (the data set's)")
+    p.add_argument("--places", type=number(float, 0, 0.7), default=0.27, metavar="RATE",
+                   help="share of pathologies at two places or more (0.27)")
+    p.add_argument("--world", choices=WORLDS, default="easy", help="see WORLDS in chest.py")
+    return p.parse_args(argv)
+
+
+def main(args):
+    root = args.root or f"data/phantom-{args.layout}"
+    write(args.layout, root, args.count, args.seed, args.size, args.places, args.world)
+    print(f"{args.count} films in {root}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -1,0 +1,128 @@
+"""One radiograph and its report on their way from file to loss: where a newcomer starts.
+
+    python walk.py              # a phantom, half a minute, no training; also draws out/walk.png
+    python walk.py --seed 3     # another one
+
+Every tensor is printed with its shape and the equation of the paper that makes it. The network is
+the CPU preset's with random weights; the queries are the published 75 pathologies and 51
+anatomies. The functions called here are those that training calls.
+"""
+from pathlib import Path
+
+import torch
+
+import figures
+import phantom
+from cli import Parser, number, run
+from data import to_input
+from losses import image_labels, medslip_loss
+from model import MeDSLIP, MeDSLIPConfig, position_embedding
+from reports import extract_triplets
+from text import (ANATOMIES, PATHOLOGIES, anatomy_prompts, encode_text, existence_matrix,
+                  pathology_prompts)
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--seed", type=number(int, 0), default=0, help="which phantom")
+    p.add_argument("--out-dir", default="out", metavar="DIR")
+    return p.parse_args(argv)
+
+
+def show(name, value, meaning):
+    print(f"  {name:<11} {','.join(str(size) for size in value.shape):<10} {meaning}")
+
+
+def read_report(report):
+    """The report's text -> existence matrix y [1,n,m] (Sec. II-A)."""
+    print("report\n  " + " ".join(report.split()))
+    print("text (Sec. II-A): reports.py reads triplets, text.py makes the matrix")
+    triplets = extract_triplets(report)
+    for t in triplets:
+        print(f"  triplet     ({t.pathology}, {t.anatomy}, {t.existence})")
+    y = torch.from_numpy(existence_matrix(triplets, PATHOLOGIES, ANATOMIES))[None]
+    show("y", y, f"B,n,m: {(y == 1).sum()} cells present (1), {(y == 0).sum()} denied (0), "
+                 "the rest not mentioned (-1)")
+    return y
+
+
+def encode_prompts():
+    """The frozen text vectors of both query sets: [m,T], [n,T]."""
+    p_prompts, a_prompts = pathology_prompts(PATHOLOGIES), anatomy_prompts(ANATOMIES)
+    p_text, a_text = encode_text(p_prompts, "hashing"), encode_text(a_prompts, "hashing")
+    show("E_T(p)", p_text, f"m,T: one frozen vector per prompt, such as {p_prompts[8][:30]!r} ...")
+    show("E_T(a)", a_text, f"n,T: one frozen vector per prompt, such as {a_prompts[4]!r}")
+    return p_text, a_text
+
+
+def encode_image(model, image):
+    """What happens within model(...) up to Eq. 1, step by step."""
+    print("image (Sec. II-B.1): model.py")
+    first, stride = model.cell_centres()
+    features = model.backbone(image)                                            # [B,C,h,w]
+    show("image", image, "B,3,H,W: ImageNet's mean and deviation taken out")
+    show("E_I(image)", features, f"B,C,h,w: one cell every {stride} pixels, the first at {first}")
+    h, w = features.shape[-2:]
+    raw = features.flatten(2).transpose(1, 2) + position_embedding(h, w, features.shape[1])
+    show("I^raw", raw, "B,h*w,C: one token per cell, its position embedding added")
+    show("M", model.mask(raw).sigmoid(), "sigmoid(Linear(I^raw)), in 0..1")
+    x_p, x_a = model.disentangle(raw)
+    show("I^p", x_p, "M * I^raw (Eq. 1)")
+    show("I^a", x_a, "(1 - M) * I^raw (Eq. 1)")
+
+
+def ask(model, image, p_text, a_text):
+    """The output of the whole network, field by field (Sec. II-B.2)."""
+    out = model(image, p_text, a_text, need_attention=True)
+    for s, stream, vectors in (("p", "pathology", p_text), ("a", "anatomy", a_text)):
+        print(f"{stream} stream (Sec. II-B.2)")
+        show(f"T^{s}", model.text_projection(vectors), f"h_T(E_T({s})): the queries")
+        show("tokens", getattr(out, f"{stream}_tokens"), f"MLP(I^{s})")
+        show(f"I_q^{s}", getattr(out, f"{stream}_queried"), f"Q^{s}(I^{s}, T^{s})")
+        show("attention", getattr(out, f"{stream}_attention"), "of each query, over the cells")
+        show(f"y_hat^{s}", getattr(out, f"{stream}_logits"), "existence, before the sigmoid")
+        show(f"Z_2^{s}", getattr(out, f"{stream}_z"), f"Linear(I_q^{s}), beside the text vectors")
+    show("evidence", out.pathology_evidence, "softmax of the log odds that make y_hat^p")
+    return out
+
+
+def sum_losses(out, y, p_text, a_text):
+    """Eqs. 2-7. What the report does not mention counts as denied, as in the paper."""
+    print("losses (Eq. 2 and Sec. II-B.3): losses.py")
+    y = y.masked_fill(y == -1, 0)
+    present = (y == 1).float()                                                  # [B,n,m]
+    y_p, y_a = image_labels(y)
+    places = present.transpose(1, 2) @ a_text / present.sum(1).clamp(min=1)[..., None]
+    findings = present @ p_text / present.sum(2).clamp(min=1)[..., None]
+    show("y^p", y_p, f"y over the anatomies: {(y_p == 1).sum()} present")
+    show("y^a", y_a, f"y over the pathologies: {(y_a == 1).sum()} present")
+    show("P^a", places, "mean of the E_T(a) where y holds the pathology (Eq. 3)")
+    show("P^p", findings, "mean of the E_T(p) that y holds at the anatomy (Eq. 3)")
+    show("S^a,p", out.relation_logits, "<Z_1^a, Z_1^p>, scaled and shifted (Eq. 5)")
+    loss = medslip_loss(out, y, p_text, a_text)
+    for name, key, meaning in (
+            ("L_Exist", "existence", "BCE(y_hat^p, y^p) + BCE(y_hat^a, y^a) (Eq. 2)"),
+            ("L_ProtoCL", "protocl", "-log softmax of Z_2 . P among 7 Z_2 . T^-, p and a (Eq. 4)"),
+            ("L_ICL", "icl", "BCE(S^a,p, y) (Eq. 6)"),
+            ("L", "loss", "L_Exist + L_ProtoCL + L_ICL (Eq. 7 at alpha = beta = 1)")):
+        print(f"  {name:<11} {loss[key]:<10.4f} {meaning}")
+
+
+@torch.no_grad()
+def main(args):
+    film = phantom.draw_film((args.seed, 1, 0))
+    y = read_report(film.report)
+    p_text, a_text = encode_prompts()
+    torch.manual_seed(args.seed)
+    model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=96, layers=2, position=True,
+                                  existence="evidence")).eval()
+    image = to_input(torch.tensor(film.image)[None], 64)
+    encode_image(model, image)
+    sum_losses(ask(model, image, p_text, a_text), y, p_text, a_text)
+    path = Path(args.out_dir, "walk.png")
+    figures.draw_walk(path, film, y[0].numpy(), PATHOLOGIES, ANATOMIES)
+    print(f"the film, its findings and its matrix: {path}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
