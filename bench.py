@@ -1,78 +1,78 @@
 """How fast each part is and how much memory it takes, on the device at hand.
 
-    python bench.py                                    # the table, minutes on two cores
     python bench.py --batch-size 64 --cases floor,fp32,bf16,compile    # what a GPU owner asks first
-    python bench.py --cases floor,fp32 --batch-size 4 --steps 1        # under a minute
+    python bench.py --batch-size 4 --steps 1 --cases floor,fp32        # under a minute
 
-Sizes are the paper's unless flags say otherwise: ResNet-50 up to layer3, 224 pixels, 75 + 51
-queries. A step is forward, losses, backward, clipping and AdamW on images that are in memory; the
-rows `data` and `jpeg` are what one core needs to read and augment them. Seconds are the median
-after a warm-up step. Peak MB is that of the process, 0.7 GB of imports included; on a GPU that of
-its tensors. On a GPU fp32 means TF32.
+Sizes are the paper's: ResNet-50 up to layer3, 224 pixels, 75 + 51 queries. A step is forward,
+losses, backward, clipping and AdamW on images in memory; `data` and `jpeg` are what one core needs
+for the images of a step. Peak MB is that of the process, 0.6 GB of imports included, on a GPU that
+of the tensors. On a GPU fp32 means TF32.
 """
 import argparse
 import io
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
+from torchvision.transforms import v2
 
-import data
-from cli import InputError, Parser, number, pick_device, run
+from cli import InputError, Parser, join_processes, number, run
+from data import Batches, released_operation
 from losses import icl_loss, medslip_loss, proto_loss
 from model import MeDSLIP, MeDSLIPConfig
+from text import ANATOMIES, PATHOLOGIES, Triplet
 
 CASES = {
-    "floor": "backbone alone, fp32",
-    "fp32": "full step, fp32",
-    "bf16": "full step, bf16",
-    "compile": "full step, fp32, torch.compile",
-    "inference": "zero-shot inference, fp32",
-    "losses": "ProtoCL and ICL, ours",
-    "loop": "ProtoCL and ICL, loops as published",
-    "data": "one core: prepared 256-pixel images",
-    "jpeg": "one core: full-size JPEG, as published",
+    "floor": "backbone alone, fp32", "fp32": "full step, fp32", "bf16": "full step, bf16",
+    "compile": "full step, fp32, torch.compile", "inference": "zero-shot inference, fp32",
+    "losses": "ProtoCL and ICL, ours", "loop": "ProtoCL and ICL, published loops",
+    "data": "one core: stored 256-pixel images", "jpeg": "one core: full-size JPEG, as published",
     "preset": "full step of the CPU preset, fp32"}
-PATHOLOGIES, ANATOMIES = 75, 51   # queries
-FILM = (2544, 3056)               # width and height of a radiograph in MIMIC-CXR-JPG
+
+
+def parse_args(argv=None):
+    p = Parser(description=__doc__.split("\n")[0])
+    p.add_argument("--cases", default=",".join(CASES), help="comma-separated: " + " ".join(CASES))
+    p.add_argument("--batch-size", type=number(int, 1), default=32)
+    p.add_argument("--image-size", type=number(int, 16), default=224, help="pixels a side")
+    p.add_argument("--backbone", default="resnet50", choices=["resnet18", "resnet50", "small"])
+    p.add_argument("--steps", type=number(int, 1), default=3, help="timed steps per case")
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads())
+    p.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # one case, in this process
+    return p.parse_args(argv)
 
 
 def random_batch(args, device):
-    """images [B,3,S,S], pathology text [m,T], anatomy text [n,T], existence [B,n,m].
-
-    1.5 % of the cells are present, far more than in reports, so that the loops have work to do.
-    """
+    """images [B,3,S,S], pathology text [m,T], anatomy text [n,T], existence [B,n,m] in {1,0}: 1.5 %
+    of the cells are present, far more than in reports, so that the loops have work to do."""
     torch.manual_seed(0)
-    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size)
-    cells = torch.rand(args.batch_size, ANATOMIES, PATHOLOGIES)
-    tensors = (images.contiguous(memory_format=torch.channels_last),
-               0.04 * torch.randn(PATHOLOGIES, 768), 0.04 * torch.randn(ANATOMIES, 768),
-               (cells < 0.015).long())
-    return [tensor.to(device) for tensor in tensors]
-
-
-def build_model(args, device):
-    config = MeDSLIPConfig(backbone=args.backbone, image_size=args.image_size)
-    if args.backbone == "small":  # the CPU preset of train.py
-        config = MeDSLIPConfig(backbone="small", image_size=args.image_size, dim=96, layers=2,
-                               dropout=0.0, position=True)
-    return MeDSLIP(config).to(device, memory_format=torch.channels_last)
+    B, m, n = args.batch_size, len(PATHOLOGIES), len(ANATOMIES)
+    images = torch.randn(B, 3, args.image_size, args.image_size, device=device)
+    texts = [0.04 * torch.randn(q, 768, device=device) for q in (m, n)]
+    existence = (torch.rand(B, n, m, device=device) < 0.015).long()
+    return images.contiguous(memory_format=torch.channels_last), *texts, existence
 
 
 def step_case(args, device):
     """-> a training step of the whole model, or of its backbone with the mean square as a loss."""
-    if args.case == "preset":
-        args.backbone, args.image_size = "small", 64
     images, pathology_text, anatomy_text, existence = random_batch(args, device)
-    model = build_model(args, device)
+    config = MeDSLIPConfig(args.backbone, args.image_size)
+    if args.backbone == "small":  # train.py's CPU preset
+        config = MeDSLIPConfig("small", args.image_size, 96, 2, dropout=0.0, position=True)
+    model = MeDSLIP(config).to(device, memory_format=torch.channels_last)
+    if args.case == "inference":
+        model.eval().requires_grad_(False)
+        return lambda: model(images, pathology_text, anatomy_text)
     trained = model.backbone if args.case == "floor" else model
     forward = torch.compile(trained) if args.case == "compile" else trained
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
@@ -91,58 +91,133 @@ def step_case(args, device):
     return step
 
 
-def inference_case(args, device):
-    images, pathology_text, anatomy_text, _ = random_batch(args, device)
-    model = build_model(args, device).eval()
-    return torch.inference_mode()(lambda: model(images, pathology_text, anatomy_text))
-
-
-def our_losses(z, texts, relation, existence, negatives):
+def our_losses(streams, relation, existence):
     """ProtoCL of both streams and ICL by losses.py; arguments as in `published_losses`."""
-    by_pathology = existence.transpose(1, 2)                                    # [B,m,n]
-    return (proto_loss(z[0], texts[0], by_pathology, negative_index=negatives[0])
-            + proto_loss(z[1], texts[1], existence, negative_index=negatives[1])
-            + icl_loss(relation, existence))
+    return icl_loss(relation, existence) + sum(
+        proto_loss(z, text, y, negative_index=negatives) for z, text, y, negatives in streams)
 
 
-def published_losses(z, texts, relation, existence, negatives):
-    """The same by the released algorithm, in our words.
+def published_losses(streams, relation, existence):
+    """The same by the released algorithm, in our words; relation and existence [B,n,m].
 
-    Pairs of the pathology and the anatomy stream: z [B,q,T], the *other* stream's text vectors
-    [k,T], negatives [B,q,7]; relation and existence [B,n,m]. Labels and text vectors are both
-    repeated for every image, query and concept; all six tensors [B,q,k,T] are alive at once.
+    streams: (z [B,q,T], text vectors [k,T] of the other stream's concepts, y [B,q,k], negatives
+    [B,q,7]) of pathologies and anatomies. Labels and vectors are repeated for every image, query
+    and concept, and the six tensors [B,q,k,T] of both streams are alive at once.
     """
-    present = [(existence.transpose(1, 2) == 1), (existence == 1)]              # [B,q,k] each
-    labels = [p.float().unsqueeze(-1).repeat(1, 1, 1, z[0].shape[-1]) for p in present]
-    vectors = [texts[s].repeat(*z[s].shape[:2], 1, 1) for s in (0, 1)]          # [B,q,k,T] each
-    products = [labels[s] * vectors[s] for s in (0, 1)]                         # [B,q,k,T] each
-    loss = F.binary_cross_entropy_with_logits(relation, existence.float())      # Eq. 6
-    for s in (0, 1):
-        prototypes = torch.zeros_like(z[s])                                     # [B,q,T]
-        for b in range(z[s].shape[0]):
-            for i in range(z[s].shape[1]):
-                product = products[s][b, i]                                     # [k,T]
-                if (product != 0).sum() > 0:  # on a GPU the host waits here, B q times a step
+    repeated = []
+    for z, text, y, _ in streams:
+        labels = (y == 1).float().unsqueeze(-1).repeat(1, 1, 1, z.shape[-1])    # [B,q,k,T]
+        vectors = text.repeat(y.shape[0], y.shape[1], 1, 1)                     # [B,q,k,T]
+        repeated.append((labels, vectors, labels * vectors))
+    known = existence >= 0
+    loss = F.binary_cross_entropy_with_logits(relation[known], existence[known].float())  # Eq. 6
+    for (z, text, y, negatives), (_, _, products) in zip(streams, repeated):
+        prototypes = torch.zeros_like(z)                                        # [B,q,T]
+        for b in range(z.shape[0]):
+            for i in range(z.shape[1]):
+                product = products[b, i]                                        # [k,T]
+                if (product != 0).sum() > 0:  # here a GPU is waited for, B q times a step
                     positives = product.nonzero()[:, 0].unique()
                     prototypes[b, i] = product.sum(0) / len(positives)          # Eq. 3
-        candidates = torch.cat([prototypes.unsqueeze(2), texts[s][negatives[s]]], 2)  # [B,q,8,T]
-        logits = (candidates @ z[s].unsqueeze(-1)).squeeze(-1)                  # [B,q,8]
-        logits = logits[present[s].any(-1)]                                     # [queries,8]
-        target = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        loss = loss + F.cross_entropy(logits, target)                           # Eq. 4
+        candidates = torch.cat([prototypes.unsqueeze(2), text[negatives]], 2)   # [B,q,8,T]
+        logits = (candidates @ z.unsqueeze(-1)).squeeze(-1)[(y == 1).any(-1)]   # [queries,8]
+        first = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        loss = loss + F.cross_entropy(logits, first)                            # Eq. 4
     return loss
+
+
+def random_streams(pathology_text, anatomy_text, existence, count=7):
+    """The `streams` of the two functions above, with `count` negatives that are not present."""
+    streams = []
+    for text, y in ((anatomy_text, existence.transpose(1, 2)), (pathology_text, existence)):
+        z = torch.randn(*y.shape[:2], text.shape[1], device=y.device, requires_grad=True)
+        noise = torch.rand(y.shape, device=y.device).masked_fill(y == 1, -1)
+        streams.append((z, text, y, noise.topk(count, dim=-1).indices))
+    return streams
 
 
 def losses_case(args, device):
     """-> forward and backward of ProtoCL and ICL from given embeddings."""
-    _, pathology_text, anatomy_text, existence = random_batch(args, device)
-    z = [torch.randn(len(existence), q, 768, device=device, requires_grad=True)
-         for q in (PATHOLOGIES, ANATOMIES)]
+    _, *texts, existence = random_batch(args, device)
+    streams = random_streams(*texts, existence)
     relation = torch.randn(existence.shape, device=device, requires_grad=True)
-    negatives = []
-    for y in (existence.transpose(1, 2), existence):  # seven concepts that are not present
-        noise = torch.rand(y.shape, device=device).masked_fill(y == 1, -1)
-        negatives.append(noise.topk(7, dim=-1).indices)                         # [B,q,7]
     loss = published_losses if args.case == "loop" else our_losses
-    return lambda: loss(z, [anatomy_text, pathology_text], relation, existence,
-                        negatives).backward()
+    return lambda: loss(streams, relation, existence).backward()
+
+
+def data_case(args, device):
+    """-> a training batch of stored images with six triplets each, augmented as in the paper."""
+    images = np.random.default_rng(0).integers(0, 256, (args.batch_size, 256, 256), np.uint8)
+    cells = [Triplet(PATHOLOGIES[k], ANATOMIES[k], 1) for k in range(6)]
+    table = SimpleNamespace(images=images, has_report=images.any((1, 2)), cells=lambda row: cells)
+    batches = Batches(table, np.arange(len(images)), args.batch_size, 0, PATHOLOGIES, ANATOMIES,
+                      args.image_size)
+    return lambda: batches[0]
+
+
+def jpeg_case(args, device):
+    """-> the same as released: every image is a file of 3 MB that is decoded whole, as RGB."""
+    rng, file = np.random.default_rng(0), io.BytesIO()
+    film = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).resize((2544, 3056))
+    film = np.array(film) + 3 * rng.standard_normal((3056, 2544))  # the grain makes it large
+    Image.fromarray(film.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=95)
+    recipe = v2.Compose([
+        v2.RandomResizedCrop(args.image_size, (0.2, 1), interpolation=v2.InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(), v2.Lambda(released_operation), v2.Lambda(released_operation),
+        v2.ToImage(), v2.ToDtype(torch.float32, scale=True)])
+    return lambda: [recipe(Image.open(file).convert("RGB")) for _ in range(args.batch_size)]
+
+
+def measure(args):
+    """One case in this process -> seconds and operations of a step, and the peak in MB."""
+    one_core = args.case in ("data", "jpeg")
+    device, _, _ = join_processes("cpu" if one_core else args.device)
+    torch.set_num_threads(1 if one_core else args.threads)
+    if args.case == "preset":
+        args.backbone, args.image_size = "small", 64
+    build = {"losses": losses_case, "loop": losses_case, "data": data_case, "jpeg": jpeg_case}
+    step = build.get(args.case, step_case)(args, device)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    step()  # torch.compile compiles once more without the counter
+    seconds = []
+    for _ in range(args.steps):
+        began = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 1e6
+    elif sys.platform == "win32":
+        peak = math.nan  # Windows does not tell
+    else:
+        import resource
+        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes on a Mac, else kilobytes
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return statistics.median(seconds), counter.get_total_flops(), peak
+
+
+def main(args):
+    if args.case:
+        print(json.dumps(measure(args)))
+        return
+    cases, floor = args.cases.split(","), math.nan
+    if not set(cases) <= set(CASES):
+        raise InputError(f"--cases {args.cases}: choose among {','.join(CASES)}")
+    print(f"{'case':<40}{'s/step':>9}{'images/s':>9}{'v. floor':>9}{'peak MB':>9}{'TFLOP/s':>9}")
+    for case in cases:
+        # in a process of its own, so that its peak memory is its own
+        done = subprocess.run([sys.executable, *sys.argv, "--case", case], capture_output=True,
+                              text=True)
+        if done.returncode:
+            print(f"{CASES[case]:<40}", *(done.stderr.splitlines() or ["killed: memory?"])[-1:])
+            continue
+        seconds, flops, peak = json.loads(done.stdout.splitlines()[-1])
+        floor = seconds if case == "floor" else floor
+        print(f"{CASES[case]:<40}{seconds:9.4f}{args.batch_size / seconds:9.1f}"
+              f"{seconds / floor:9.2f}{peak:9.0f}{flops / seconds / 1e12:9.3f}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

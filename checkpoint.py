@@ -57,7 +57,10 @@ def load_model(path_or_hub_id, map_location="cpu"):
         weights, config = convert_published(weights)
     else:
         config = read_config(path, checkpoint)
-    model = MeDSLIP(config).to(map_location)
+    try:
+        model = MeDSLIP(config).to(map_location)
+    except Exception as error:  # arguments of the wrong type or value
+        raise InputError(f"{path}: no model can be built from its 'config' ({error})") from None
     own = {k for k in model.state_dict() if not HARMLESS.search(k)}
     trouble = [f"missing {k}" for k in sorted(own - weights.keys())]
     trouble += [f"unknown {k}" for k in sorted(weights.keys() - own)]
@@ -90,7 +93,7 @@ def convert_published(weights):
     for name, value in weights.items():
         for theirs, ours in PUBLISHED:
             name = re.sub(theirs, ours, name)
-        if ".existence." in name and value.shape[0] == 2:
+        if ".existence." in name and torch.is_tensor(value) and value.shape[:1] == (2,):
             value = value[1:] - value[:1]  # softmax over (absent, present) = sigmoid of this
         converted[name] = value
     streams = "dual" if "anatomy.norm.weight" in converted else "single"
@@ -98,7 +101,7 @@ def convert_published(weights):
         # The released decoders share one final LayerNorm; of the two copies in the file it takes
         # the one read last, pathology's. Without this the anatomy outputs are off by 24 %.
         for end in ("weight", "bias"):
-            converted[f"anatomy.norm.{end}"] = converted[f"pathology.norm.{end}"]
+            converted[f"anatomy.norm.{end}"] = converted.get(f"pathology.norm.{end}")
     return converted, MeDSLIPConfig(streams=streams, mask="linear", icl="dot")
 
 

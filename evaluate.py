@@ -1,12 +1,12 @@
-"""Zero-shot evaluation: what, where, which pair, and what the embeddings keep apart (Sec. IV).
+"""Zero-shot evaluation: what an image shows, where it is, and which pairs (Sec. IV).
 
     python evaluate.py --task classification --dataset nih --root data/nih
     python evaluate.py --task predict --image chest.png --prompt "air where it should not be"
     python evaluate.py --task grounding      # the phantoms, after `python train.py`; a minute
 
 Each task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers
-and labels of each image) and .png. How a checkpoint is asked stands in predict.py, how a score is
-computed in metrics.py. N images, L labels, n anatomies, m pathologies, S stored pixels a side.
+and labels of each image) and .png. predict.py has how a checkpoint is asked, metrics.py how a
+score is computed, embedding.py that task. N images, L labels, S stored pixels a side.
 
 Differs from the released code:
 - Thresholds come from the validation split. The best ones on the test set, which this literature
@@ -23,20 +23,15 @@ import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
 from scipy.special import expit
-from sklearn.linear_model import LogisticRegression
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
-from sklearn.preprocessing import StandardScaler
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
 import figures
 from cli import InputError, Parser, atomic, number, pick_device, run
-from metrics import (POINTING, auroc, best_dice_threshold, bootstrap_ci,
-                     classification_scores, dice_scores, fixed_answer, grounding_scores,
-                     hit_regions, mean_or_none, nearest, place_scores, points_at, relation_scores,
-                     scores_apart, scores_with_intervals)
-from model import MeDSLIP
+from embedding import embedding
+from metrics import (POINTING, best_dice_threshold, bootstrap_ci, classification_scores,
+                     dice_scores, fixed_answer, grounding_scores, hit_regions, nearest,
+                     place_scores, points_at, relation_scores, scores_apart, scores_with_intervals)
 from predict import (array, ask, heat_of, maps_of, pairs_of, predict, print_table, questions,
                      read_model)
 from text import swap_sides
@@ -62,13 +57,13 @@ def parse_args(argv=None):
     g = p.add_argument_group("protocol")
     g.add_argument("--attention", default="own", choices=["own", "pathology"], help="own: the "
                    "evidence map if the model has one; pathology: mean over heads and layers")
-    g.add_argument("--target", default="mask", choices=["mask", "box"], help="of grounding; mask: "
-                   "boxes where there are no masks")
+    g.add_argument("--target", default="mask", choices=["mask", "box"], help="what to point at; "
+                   "mask: also boxes where there are no masks")
     g.add_argument("--threshold", type=number(float, 0, 1), help="share of a map's maximum "
                    "(default: the best Dice on validation)")
     g.add_argument("--faithful", type=number(int, 0), default=200, help="maps to test by deletion")
-    g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients "
-                   "for 95 %% intervals; 40 s for NIH's 25,596 images")
+    g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples for 95 %% "
+                   "intervals over patients; for NIH's 25,596 images a minute")
     g.add_argument("--seed", type=number(int, 0), default=0)
     g.add_argument("--out-dir", default="out")
     data.add_data_flags(p)
@@ -81,7 +76,7 @@ def parse_args(argv=None):
 
 def classification(args, model, table, rows):
     """Does an image show it? Each label of the data set, by name or prompt."""
-    labels = dict(zip(table.label_names, table.label_pathologies))
+    labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
     if not labels:
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
     texts, columns, unseen = questions(args, model, labels)
@@ -89,22 +84,22 @@ def classification(args, model, table, rows):
     def answers(rows):
         logits = [array(out.pathology_logits)
                   for _, out in ask(args, model, table.images, rows, texts)]
-        asked = [columns[name] for name in labels]
-        return table.labels[rows], expit(np.concatenate(logits)[:, asked])      # [N,L], [N,L]
+        asked = [columns[name] for name in labels]                              # [L]
+        return table.labels[rows], expit(np.concatenate(logits)[:, asked])
 
-    truth, scores = answers(rows)
+    truth, scores = answers(rows)                                               # [N,L], [N,L]
     names, held = np.array(table.label_names), table.rows("validate")[:args.limit]
     thresholds, source = np.full(len(names), None), args.split  # None: the best on these labels
     if args.split == "test" and len(held):
         best, source = classification_scores(*answers(held))["threshold"].values(), "validate"
-        # without positives, or without negatives, in validation there is no best one
+        # where validation has no positives, or no negatives, there is no best one
         thresholds = np.array([0.5 if t is None else t for t in best])          # [L]
-    new, blocks, lines = np.isin(names, unseen), {}, {}                         # new: bool [L]
+    patients, new = np.array(table.patients)[rows], np.isin(names, unseen)      # [N], bool [L]
+    blocks, lines = {}, {}
     for title, part in (("trained on", ~new), ("not trained on", new)):
         if part.any():
             block = scores_with_intervals(truth[:, part], scores[:, part], thresholds[part],
-                                          names[part], args.bootstrap, args.seed,
-                                          np.array(table.patients)[rows])
+                                          names[part], args.bootstrap, args.seed, patients)
             blocks[title], best = block, block["customary"]
             for name, c in [*block["per_class"].items(), (f"mean, {title}", block)]:
                 b, (low, high) = best["per_class"].get(name, best), c["auroc_ci95"]
@@ -118,7 +113,8 @@ def classification(args, model, table, rows):
         metrics["unseen"] = blocks["not trained on"]
     per_class = {**metrics["per_class"], **metrics.get("unseen", metrics)["per_class"]}
     arrays = {"names": names, "labels": truth, "scores": scores}
-    return metrics, arrays, lambda path: figures.draw_classes(path, per_class, **arrays)
+    return metrics, {"ids": [table.ids[i] for i in rows], **arrays}, lambda path: (
+        figures.draw_classes(path, per_class, **arrays))
 
 
 # ---------------------------------------------------------------- where is it? (Table IV, Fig. 7)
@@ -132,7 +128,7 @@ def masks_of(args, table, row):
     masks = {}
     for label in table.located(row):
         mask = table.mask(row, label, boxes_only=args.target == "box")          # [H,W] or None
-        if mask is not None and mask.any():
+        if mask is not None and nearest(mask, table.size, table.size).any():
             masks[label] = nearest(mask, table.size, table.size)
     return masks
 
@@ -165,63 +161,63 @@ def grounding(args, model, table, rows):
             tuned, source = found, args.split
         heats = [heat_of(args, model, f.cells, f.mask.shape) for f in tuned]    # [S,S] each
         threshold = best_dice_threshold(heats, [f.mask for f in tuned])
-    each = compare(args, model, table, found, threshold)
-    names = np.array([f.label for f in found])
-    metrics, per_class = means(each), {}
-    for name in np.unique(names).tolist():
-        per_class[name] = means([each[k] for k in np.flatnonzero(names == name)])
-    reach = {name: c["pointing_within_cell"] for name, c in per_class.items()}
+    answers = compare(args, model, table, found, threshold)
+    names = np.array([f.label for f in found])                                  # [findings]
+    per_class = {name: means(answers, names == name) for name in np.unique(names).tolist()}
+    reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
     order = sorted(reach, key=reach.get)  # the worst class first
-    patients = np.array(table.patients)[[f.row for f in found]]
-    values = {key: np.array([e["model"][key] for e in each]) for key in SCORES}
-    for key, value in values.items():
-        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), value, value, args.bootstrap,
-                                              args.seed, patients)
     drops = faithfulness(args, model, table, found, texts, columns)
-    metrics |= {"per_class": per_class, "threshold": threshold, "threshold_from": source, "attention": args.attention,
-                "worst": {"name": order[0], "pointing_within_cell": reach[order[0]]},
-                "target": args.target, "not_trained_on": unseen, "faithfulness": drops}
+    metrics = {**means(answers, np.ones(len(found), bool)), "per_class": per_class,
+               "worst": {"name": order[0], "pointing_within_cell": reach[order[0]]},
+               "threshold": threshold, "threshold_from": source, "attention": args.attention,
+               "target": args.target, "not_trained_on": unseen, "faithfulness": drops}
+    patients = np.array(table.patients)[[f.row for f in found]]                 # [findings]
+    for key, values in answers["model"].items():
+        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), values, values,
+                                              args.bootstrap, args.seed, patients)
     lines = {**{name: per_class[name] for name in order}, "all": metrics, **metrics["trivial"]}
     print_table("", lines, ("n", *SCORES))
     print(f"{args.attention} map; regions above {threshold:.2f} of the maximum (from {source}); "
           f"worst class: {order[0]}\n")
     print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, DELETED_BY)
-    count, shown = math.ceil(12 / len(order)), []
+    shown = []
     for name in order:  # the first ones of each class, not the best
-        shown += [found[k] for k in np.flatnonzero(names == name)[:count]]
+        shown += [f for f in found if f.label == name][:math.ceil(12 / len(order))]
     examples = [(table.images[f.row], f.mask, heat_of(args, model, f.cells, f.mask.shape), f.label)
                 for f in shown[:12]]
-    arrays = {"ids": [table.ids[f.row] for f in found], "label": names, **values}
+    arrays = {"ids": [table.ids[f.row] for f in found], "label": names, **answers["model"]}
     return metrics, arrays, lambda path: figures.draw_grounding(
         path, examples, threshold, f"{args.attention} map")
 
 
 def compare(args, model, table, found, threshold):
-    """[{answer: {score: value}}]: of each finding the model's scores and those of trivial answers.
-    The fixed ones are the mean training mask of the class: its highest point, its best part."""
-    drawn = {}
+    """{answer: {score: [findings]}} of the model and of trivial answers. The fixed ones are the
+    mean training mask of the class: its highest point, and the region that has the best Dice."""
+    drawn, everywhere = {}, np.ones((table.size, table.size), bool)
     for row in table.rows("train")[:2000]:  # enough for a mean
         for label, mask in masks_of(args, table, row).items():
             drawn.setdefault(label, []).append(mask)
-    everywhere, each = np.ones((table.size, table.size), bool), []
-    fixed = {label: fixed_answer(drawn.get(label, [everywhere])) for label in {f.label for f in found}}
+    labels, each = {f.label for f in found}, []
+    fixed = {label: fixed_answer(drawn.get(label, [everywhere])) for label in labels}
     for f in found:
         mean, level = fixed[f.label]                                            # [S,S], a share
         regions = hit_regions(f.mask, *f.cells.shape)
         own = grounding_scores([f.cells], [f.mask], threshold, args.image_size,
-                               model.cell_centres())
-        each.append({"model": {key: own[key] for key in SCORES}, "random_point": points_at(everywhere, regions),
+                               model.cell_centres())  # of this one finding
+        each.append({"model": {key: own[key] for key in SCORES},
+                     "random_point": points_at(everywhere, regions),
                      "brightest_point": points_at(table.images[f.row], regions),
                      "fixed_point": points_at(mean, regions),
                      "fixed_region": {"dice": dice_scores(mean, f.mask, [level])[0]}})
-    return each
-
-
-def means(each):
-    """Output of `compare` -> the model's mean scores, with those of the others under trivial."""
-    mean = {answer: {key: float(np.mean([e[answer][key] for e in each])) for key in scores}
+    return {answer: {key: np.array([e[answer][key] for e in each]) for key in scores}
             for answer, scores in each[0].items()}
-    return {**mean.pop("model"), "n": len(each), "trivial": mean}
+
+
+def means(answers, chosen):
+    """Means over the findings of bool [findings]: the model's, and the others' under trivial."""
+    mean = {answer: {key: float(values[chosen].mean()) for key, values in scores.items()}
+            for answer, scores in answers.items()}
+    return {**mean.pop("model"), "n": int(chosen.sum()), "trivial": mean}
 
 
 DELETED, DELETED_BY = (4, 12, 32), ("map", "random", "mask")  # so many cells, chosen in three ways
@@ -229,26 +225,28 @@ DELETED, DELETED_BY = (4, 12, 32), ("map", "random", "mask")  # so many cells, c
 
 def faithfulness(args, model, table, found, texts, columns):
     """How far a finding's logit falls when k cells of its film are blurred: the highest of its map,
-    random ones, those in or next to its mask. Means over findings, {k: {"map": ...}}."""
+    random ones, those in or next to its mask. Means over findings, {"4": {"map": ...}}."""
     rng, size, drops = np.random.default_rng(args.seed), args.image_size, []
     for f in [found[i] for i in rng.permutation(len(found))[:args.faithful]]:
         n, (offset, stride) = len(f.cells), model.cell_centres()
-        centres = np.clip(np.round(offset + stride * np.arange(n)), 0, size - 1).astype(int)  # [n]
+        # the pixel that each cell looks at [n], and the cell that each pixel is deleted with [size]
+        centres = np.clip(np.round(offset + stride * np.arange(n)), 0, size - 1).astype(int)
         cell_of = np.clip(np.round((np.arange(size) - offset) / stride), 0, n - 1).astype(int)
         away = distance_transform_edt(~nearest(f.mask, size, size))[centres][:, centres]  # [n,n]
         film = data.to_input(torch.from_numpy(table.images[[f.row]]), size)[0]  # [3,size,size]
-        blurred, films = gaussian_blur(film, 2 * (size // 4) + 1, size / 8), [film]
+        blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
+        films = [film]
         for k in DELETED:
             for order in (-f.cells, rng.random((n, n)), away):
                 gone = np.zeros(n * n, bool)
                 gone[np.argsort(order.ravel(), kind="stable")[:k]] = True
                 gone = torch.from_numpy(gone.reshape(n, n)[cell_of][:, cell_of])  # [size,size]
-                films.append(torch.where(gone, blurred, film))
+                films.append(torch.where(gone, blurred, film))                  # [3,size,size]
         logits = array(model(torch.stack(films).to(args.device), *texts).pathology_logits)
         logits = logits[:, columns[f.label]]                                    # [1 + 9]
-        drops.append((logits[0] - logits[1:]).reshape(len(DELETED), len(DELETED_BY)))
+        drops.append((logits[0] - logits[1:]).reshape(len(DELETED), len(DELETED_BY)))  # [3,3]
     mean = np.mean(drops, axis=0).tolist() if drops else []
-    return {k: dict(zip(DELETED_BY, drop)) for k, drop in zip(DELETED, mean)}
+    return {str(k): dict(zip(DELETED_BY, drop)) for k, drop in zip(DELETED, mean)}
 
 
 # ------------------------------------------------------------------------------------ which pair?
@@ -259,8 +257,7 @@ def pair_truth(table, rows, names):
     if truth is not None:
         return truth, "what was drawn"
     if not table.has_reports:
-        raise InputError(f"{table.dataset} has no reports and so no matrix of pairs; relation "
-                         "takes synthetic, mimic, openi, roco or covid-chestxray")
+        raise InputError(f"{table.dataset} has no reports, so no pairs; try --dataset synthetic")
     return np.maximum(table.existence(rows, *names), 0), "the reports, not mentioned = absent"
 
 
@@ -272,95 +269,30 @@ def relation(args, model, table, rows):
     parts = [pairs_of(model, out, texts[1])
              for _, out in ask(args, model, table.images, rows, texts)]
     existence, places, pairs = (np.concatenate(part) for part in zip(*parts))   # [N,m], [N,n,m] x 2
-    train = table.rows("train")
+    train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
     often = sum(table.existence([i], *names)[0] == 1 for i in train) / max(len(train), 1)  # [n,m]
     often = np.broadcast_to(often, truth.shape)                                 # [N,n,m]
-    present = (truth == 1).any(1, keepdims=True)                                # [N,1,m]
     partner = {name: i for i, name in enumerate(names[1])}
     mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])  # [n]
     answers = {"model": pairs, "cell frequencies in train": often,
-               "true existence x frequency": present * often}
+               "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
     scores = {name: relation_scores(truth, answer, mirror) for name, answer in answers.items()}
     # one read-out of places for every model, also for those that were trained without ICL
     place = {"model": place_scores(truth, places), "frequencies": place_scores(truth, often)}
     print_table("pairs", scores, ("auroc", "ap", "cell_auroc", "side", "top1"))
     print_table("places, Z2 . T", place, ("top1", "recall", "chance", "n_several"))
     metrics = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source}
-    drawn = table.truth(train, *names)
+    drawn = table.truth(train, *names)                                          # [.,n,m] or None
     if drawn is not None:
         apart = scores_apart(truth, (drawn == 1).any(0), existence, pairs, places)
-        print_table("cells", apart, apart["seen"]) if apart else None
+        metrics |= apart
+        if apart:
+            print_table("cells", apart, apart["seen"])
     print(f"{len(rows)} images of {args.split}; truth: {source}")
     arrays = {"ids": [table.ids[i] for i in rows], "truth": truth, "pathologies": names[0],
               "anatomies": names[1], "scores": pairs.astype(np.float32)}
     return metrics, arrays, lambda path: figures.draw_relation(
         path, (truth == 1).mean(0), pairs.mean(0), *names)
-
-
-# --------------------------------------------------------------- what is kept apart? (Figs. 6, 8)
-
-def probe(x, labels, fit):
-    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted where fit [N] is true
-    and scored elsewhere; without labels that have fewer than 5 of a kind on either side."""
-    x, scores = StandardScaler().fit(x[fit]).transform(x), []
-    for label in labels.T:
-        a, b = fit & (label >= 0), ~fit & (label >= 0)                          # bool [N]
-        if min((label[side] == value).sum() for side in (a, b) for value in (0, 1)) >= 5:
-            line = LogisticRegression(C=0.1, max_iter=1000).fit(x[a], label[a])
-            scores.append(auroc(label[b], line.decision_function(x[b])))
-    return mean_or_none(scores)
-
-
-def embed(args, model, table, rows, texts):
-    """({stream: mean token [N,D]}, queried pathology embeddings [N,m,D])."""
-    streams, queried = {"pathology": [], "anatomy": []}, []
-    for _, out in ask(args, model, table.images, rows, texts):
-        queried.append(array(out.pathology_queried))
-        streams["pathology"].append(array(out.pathology_tokens.mean(1)))
-        if out.anatomy_tokens is not None:
-            streams["anatomy"].append(array(out.anatomy_tokens.mean(1)))
-    streams = {name: np.concatenate(x) for name, x in streams.items() if x}
-    return streams, np.concatenate(queried)
-
-
-def embedding(args, model, table, rows):
-    """Probes, silhouettes and pictures, each beside an untrained network of the same shape: what
-    that shows too, training did not make."""
-    labels = dict(zip(table.label_names, table.label_pathologies))
-    if len(rows) < 20 or not labels:
-        raise InputError(f"{table.dataset}: {len(rows)} images of {args.split} with {len(labels)} "
-                         "labels are too few to embed; try another --split or data set")
-    rng = np.random.default_rng(args.seed)
-    rows = np.sort(rng.permutation(rows)[:1000])
-    texts, columns, _ = questions(args, model, labels)
-    targets = {"pathology": table.labels[rows]}                                 # [N,L]
-    if table.has_reports:
-        names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
-        places = (pair_truth(table, rows, names)[0] == 1).any(2)                # [N,n]
-        targets["place"] = places.astype(int)
-    fit = np.unique(np.array(table.patients)[rows], return_inverse=True)[1] % 2 == 0  # bool [N]
-    torch.manual_seed(args.seed)
-    untrained, scores, clouds = MeDSLIP(model.config).to(args.device).eval(), {}, {}
-    some = rng.permutation(len(rows) * len(labels))[:2500]
-    for title, network in (("trained", model), ("untrained", untrained)):
-        streams, queried = embed(args, network, table, rows, texts)
-        queried = queried[:, list(columns.values())].reshape(-1, queried.shape[2])  # [N*L,D]
-        scores[title] = {f"{target} from {stream} tokens": probe(x, values, fit)
-                         for stream, x in streams.items() for target, values in targets.items()}
-        for kind, points, group, names in (
-                ("queried", queried[some], some % len(labels), list(columns)),
-                ("mean token", np.concatenate(list(streams.values())),
-                 np.repeat(range(len(streams)), len(rows)), list(streams))):
-            if group.max() > 0:
-                scores[title][f"silhouette, {kind}"] = float(silhouette_score(points, group))
-            flatten = TSNE(perplexity=min(30, len(points) / 4), random_state=args.seed)
-            clouds[f"{title}: {kind}"] = flatten.fit_transform(points), group, names
-    keys = list(scores["trained"])
-    print_table("", {key: {title: scores[title][key] for title in scores} for key in keys}, scores)
-    print("A from B: AUROC of logistic regression, fitted on half of the patients; silhouette: "
-          "1 = clusters apart, 0 = mixed")
-    arrays = {title: points for title, (points, _, _) in clouds.items()}
-    return {"n": len(rows), **scores}, arrays, lambda path: figures.draw_embedding(path, clouds)
 
 
 # ------------------------------------------------------------------------------------ the command

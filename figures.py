@@ -15,7 +15,7 @@ from sklearn.metrics import roc_curve
 matplotlib.use("Agg")  # draws into files, also where there is no screen
 import matplotlib.pyplot as plt  # noqa: E402
 
-BLUE, RED, GRAY = "#2b6cb0", "#c53030", "#b8c2cc"
+BLUE, GRAY = "#2b6cb0", "#b8c2cc"
 COLOURS = matplotlib.colormaps["tab20"]
 
 
@@ -71,7 +71,8 @@ def draw_classes(path, per_class, names, labels, scores):
     bars, curves = axes[0]
     for k, (auroc, name) in enumerate(shown):
         bars.barh(k, auroc - 0.5, left=0.5, color=BLUE)
-        bars.plot(per_class[name]["auroc_ci95"], (k, k), color="black", marker="|")
+        interval = np.array(per_class[name]["auroc_ci95"], float)  # None, where unknown: no line
+        bars.plot(interval, (k, k), color="black", marker="|")
         column = list(names).index(name)
         known = labels[:, column] >= 0
         x, y, _ = roc_curve(labels[known, column], scores[known, column])
@@ -106,9 +107,11 @@ def draw_grounding(path, examples, threshold, title):
 
 
 def draw_relation(path, truth, predicted, pathologies, anatomies, most=30):
-    """How often each pair [n,m] is true and predicted, for the rows and columns that occur."""
-    rows, columns = (sorted(k for k in np.argsort(-often)[:most] if often[k] > 0)
-                     for often in (truth.max(1), truth.max(0)))
+    """How often each pair [n,m] is true and predicted, for the `most` commonest rows, columns."""
+    rows = np.sort(np.argsort(-truth.max(1))[:most])
+    columns = np.sort(np.argsort(-truth.max(0))[:most])
+    if truth.any():  # else all are shown
+        rows, columns = rows[truth[rows].any(1)], columns[truth[:, columns].any(0)]
     figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
     pictures = ((truth, "true: share of films"), (predicted, "predicted: mean probability"))
     for axis, (matrix, title) in zip(axes[0], pictures):

@@ -33,11 +33,11 @@ from torchvision.tv_tensors import Image, Mask
 
 import data
 import figures
-from checkpoint import load_model, read_checkpoint
+from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, run
 from metrics import (THRESHOLDS, bootstrap_ci, classification_scores, dice_scores, nearest,
                      scores_with_intervals)
-from model import Residual, build_backbone
+from resunet import FineTuned, load_finetuned  # noqa: F401
 from train import learning_rate
 
 PAPER = dict(batch_size=64, weight_decay=5e-4, min_lr=1e-5, min_steps=1, backbone="resnet50",
@@ -123,7 +123,7 @@ class Images(Dataset):
         return len(self.rows)
 
     def __getitem__(self, k):
-        image = Image(np.array(self.table.images[self.rows[k]]))     # uint8 [1,S,S]
+        image = Image(np.array(self.table.images[self.rows[k]]))                # uint8 [1,S,S]
         target = self.targets[k]
         if target.dim() == 2:
             target = Mask(target)  # moves with its image; labels stay as they are
@@ -183,75 +183,16 @@ def nested_subset(patients, present, ratio, seed):
     return np.flatnonzero(np.isin(patient, chosen))
 
 
-# ----------------------------------------------------------------------------------------- networks
+# ------------------------------------------------------------------------------------------ network
 
-CHANNELS = {"small": (32, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
-
-
-class Decoder(nn.Module):
-    """The way up of a ResUNet, from 1/16 to 1/2 of the size; there each place answers for its four
-    pixels. Below a backbone that stops before 1/16, as `small` does, its last map is pooled: a
-    decoder must see more of the chest than a piece of its wall."""
-
-    def __init__(self, channels):  # of the maps at 1/2, 1/4, ...
-        super().__init__()
-        width, below = channels[0] // 2, 0
-        channels = [*channels, channels[-1], channels[-1]]
-        self.up = nn.ModuleList()
-        for level in (3, 2, 1, 0):
-            self.up.append(nn.Sequential(
-                nn.Conv2d(channels[level] + below, width, 1, bias=False), nn.BatchNorm2d(width),
-                nn.ReLU(), Residual(width)))
-            below = width
-        self.last = nn.Conv2d(width, 4, 1)
-
-    def forward(self, maps):  # [B,c,H/2,W/2], [B,c,H/4,W/4], ...
-        while len(maps) < 4:
-            maps = [*maps, F.avg_pool2d(maps[-1], 2)]
-        x = self.up[0](maps[3])                                                 # [B,c,H/16,W/16]
-        for layer, level in zip(self.up[1:], (2, 1, 0)):
-            x = layer(torch.cat([maps[level], F.interpolate(x, scale_factor=2)], 1))
-        return F.pixel_shuffle(self.last(x), 2)[:, 0]                           # [B,H,W]
-
-
-class FineTuned(nn.Module):
-    """Backbone and new head: images [B,3,H,W] -> logits, [B,L] of labels or [B,H,W] of a mask."""
-
-    def __init__(self, task, labels, backbone, image_size, frozen):
-        super().__init__()
-        self.config = dict(task=task, labels=labels, backbone=backbone, image_size=image_size,
-                           frozen=frozen)
-        self.backbone, channels, _, _ = build_backbone(backbone)
-        self.backbone.requires_grad_(not frozen)
-        if task == "classification":  # batch norm without weights standardises the features
-            self.head = nn.Sequential(nn.BatchNorm1d(channels, affine=False),
-                                      nn.Linear(channels, len(labels)))
-        else:
-            self.head = Decoder(CHANNELS[backbone])
-
-    def train(self, mode=True):
-        super().train(mode)
-        self.backbone.train(mode and not self.config["frozen"])
-        return self
-
-    def features(self, images):
-        """What the head is given: the mean of the last map, or the last map of each resolution."""
-        x, maps = images, {}
-        for layer in self.backbone:
-            x = layer(x)
-            maps[x.shape[-1]] = x
-        return x.mean((2, 3)) if self.config["task"] == "classification" else list(maps.values())
-
-    def forward(self, images):
-        return self.head(self.features(images))
-
-
-def build(args, labels, model):
-    """A network with a new head on the encoder that --init asks for."""
+def build(args, labels, model, rate):
+    """A network on the encoder that --init asks for; its head starts at the rate of positives."""
     net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
+    *_, last = net.head.modules()
+    nn.init.constant_(last.bias, torch.logit(rate.clamp(0.001, 0.999)))
     if args.init == "pretrained":
         net.backbone.load_state_dict(model.backbone.state_dict())
-    if args.init == "imagenet":
+    elif args.init == "imagenet":
         try:
             resnet = torchvision.models.get_model(args.backbone, weights="IMAGENET1K_V1")
         except (OSError, ValueError) as error:
@@ -259,20 +200,6 @@ def build(args, labels, model):
                              "--backbone or --init") from None
         net.backbone.load_state_dict(nn.Sequential(*list(resnet.children())[:7]).state_dict())
     return net.to(args.device, memory_format=torch.channels_last).eval()
-
-
-def load_finetuned(path, map_location="cpu"):
-    """The network of a finetune-*.pt in eval mode, to be called on data.to_input(images, size).
-
-    `.config` has task, labels and image_size. InputError for any other file.
-    """
-    saved = read_checkpoint(path, map_location)
-    try:
-        net = FineTuned(**saved["config"]).to(map_location)
-        net.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path} was not written by this finetune.py") from None
-    return net.eval()
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -306,8 +233,11 @@ def outputs(function, images, args):
 def fit(learner, train, held, args):
     """Train what is not frozen; leave the learner as it was at its lowest validation loss, which is
     asked about 20 times. Returns the curve: epoch, loss, validation loss."""
-    batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=args.workers or 0,
-                         drop_last=len(train) > args.batch_size)
+    workers = args.workers
+    if workers is None:  # beside the training on a CPU they would only take turns with it
+        workers = 4 if args.device.type == "cuda" else 0
+    batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=workers,
+                         drop_last=len(train) > args.batch_size, persistent_workers=workers > 0)
     epochs = max(args.epochs, math.ceil(args.min_steps / len(batches)))
     total = epochs * len(batches)
     warmup = total * args.warmup_epochs / args.epochs  # stretched where --min-steps adds epochs
@@ -392,9 +322,9 @@ def one_run(args, seed, labels, train, held, test, model):
     train = Images(train.table, train.rows[subset], train.targets[subset], args.image_size)
     print(f"seed {seed}: {len(train)} images of {len(set(train.patients))} patients to learn from, "
           f"{len(held)} to choose by, {len(test)} to test")
-    net = build(args, labels, model)
-    last = list(net.head.modules())[-1]  # starts at the base rate of its targets
-    nn.init.constant_(last.bias, torch.logit((train.targets == 1).float().mean()))
+    if len(train) < 2:
+        raise InputError(f"--ratio {args.ratio} leaves {len(train)} image; take a larger one")
+    net = build(args, labels, model, (train.targets == 1).float().mean())
     if args.task == "classification" and not args.unfreeze:
         features = [TensorDataset(*outputs(net.features, part, args)) for part in (train, held)]
         curve = fit(net.head, *features, args)
@@ -409,9 +339,9 @@ def one_run(args, seed, labels, train, held, test, model):
     else:
         scores = score_masks(args, logits.numpy() > 0, targets.numpy() == 1,
                              fixed_region(train.targets.numpy() == 1), test.patients)
-    ids = [test.table.ids[row] for row in test.rows]
-    return net, scores | {"seed": seed, "curve": curve}, {
-        "ids": ids, "names": labels, "labels": targets.numpy(), "scores": logits.sigmoid().numpy()}
+    arrays = {"ids": [test.table.ids[row] for row in test.rows], "names": labels,
+              "labels": targets.numpy(), "scores": logits.sigmoid().numpy()}
+    return net, scores | {"seed": seed, "n_train": len(train), "curve": curve}, arrays
 
 
 def draw(path, scores, arrays, test):
@@ -420,9 +350,15 @@ def draw(path, scores, arrays, test):
     if "per_class" in scores:
         figures.draw_classes(path, scores["per_class"], names, truth, answers)
     else:
-        sick = np.flatnonzero(truth.any((1, 2)))[:8]
-        figures.draw_masks(path, [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
-                                   arrays["ids"][k]) for k in sick], names[0])
+        examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k], arrays["ids"][k])
+                    for k in np.flatnonzero(truth.any((1, 2)))[:8]]
+        figures.draw_masks(path, examples, names[0])
+
+
+def show(scores, title=""):
+    for name, value in scores.items():
+        if isinstance(value, (float, tuple)):
+            print(f"{title}{name}: {np.round(value, 3)}")
 
 
 def main(args):
@@ -436,9 +372,9 @@ def main(args):
     for seed in range(args.seed, args.seed + args.seeds):
         net, scores, arrays = one_run(args, seed, labels, *splits, model)
         runs.append(scores)
-        for name, value in {**scores, **scores.get("trivial", {})}.items():
-            if isinstance(value, (float, tuple)):
-                print(f"{name:<16}{np.round(value, 3)}")
+        show(scores)
+        show(scores.get("customary", {}), "at the best thresholds on the test split, ")
+        show(scores.get("trivial", {}), "trivial answer, ")
         if seed == args.seed:  # the first one gives the checkpoint, the predictions and the figure
             with atomic(network) as draft:
                 torch.save({"model": net.state_dict(), "config": net.config}, draft)
@@ -446,11 +382,13 @@ def main(args):
                 np.savez_compressed(file, **arrays)
             with atomic(f"{stem}.png") as draft:
                 draw(draft, scores, arrays, splits[2])
-    key = "auroc" if args.task == "classification" else "dice"
-    mean, deviation = np.mean([run[key] for run in runs]), np.std([run[key] for run in runs])
-    print(f"{key} {mean:.4f} +- {deviation:.4f} over {len(runs)} seeds")
     result = {"task": args.task, "dataset": args.dataset, "labels": labels, **runs[0],
-              f"{key}_mean": mean, f"{key}_std": deviation, "args": vars(args), "runs": runs}
+              "args": vars(args), "runs": runs}
+    if args.seeds > 1:
+        key = "auroc" if args.task == "classification" else "dice"
+        values = [run[key] for run in runs]
+        result |= {f"{key}_mean": np.mean(values), f"{key}_std": np.std(values, ddof=1)}
+        print(f"{key}: {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f} over {args.seeds} seeds")
     with atomic(f"{stem}.json") as draft:
         draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
     with atomic(f"{stem}_curve.png") as draft:

@@ -230,18 +230,20 @@ def relation_scores(truth, scores, mirror, least=5):
 
 def scores_apart(truth, in_train, existence, pairs, places):
     """Scores of findings at cells that no training film has (held_out), and at the other cells of
-    the same pathologies (seen); {} without such cells. in_train bool [n,m], existence [N,m], pairs
-    and places as truth. auroc: existence in these films against films without the pathology.
+    the same pathologies (seen); {} without such cells. in_train bool [n,m]; existence [N,m]; pairs
+    and places like truth [N,n,m]. auroc: of existence, against films without the pathology.
     """
     present, scores = truth == 1, {}
     held_out = present.any(0) & ~in_train                                       # [n,m]
     asked = held_out.any(0)                                                     # [m]
+    if not asked.any():
+        return scores
     for key, cells in (("held_out", held_out), ("seen", in_train & asked)):
-        if asked.any():
-            only = (present & cells).any(1) & ~(present & ~cells).any(1)        # [N,m]
-            labels = np.where(only, 1, np.where(present.any(1), -1, 0))         # [N,m]
-            films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
-            pooled = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
-            scores[key] = {"auroc": films["auroc"], "relation_ap": pooled["ap"], "place_top1":
-                           place_scores(truth, places, only)["top1"], "n": int(only.sum())}
+        only = (present & cells).any(1) & ~(present & ~cells).any(1)            # [N,m]
+        labels = np.where(only, 1, np.where(present.any(1), -1, 0))             # [N,m]
+        films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
+        pooled = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
+        top1 = place_scores(truth, places, only)["top1"]
+        scores[key] = {"auroc": films["auroc"], "relation_ap": pooled["ap"], "place_top1": top1,
+                       "n": int(only.sum())}
     return scores

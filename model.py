@@ -306,7 +306,7 @@ class MeDSLIP(nn.Module):
         if self.config.mask != "linear":
             mask = mask.sigmoid()
         if self.config.mask == "hard":  # 0 or 1, with the gradient of the sigmoid
-            mask = (mask > 0.5).to(x.dtype) + mask - mask.detach()
+            mask = (mask > 0.5).to(mask.dtype) + (mask - mask.detach())
         return mask * x, (1 - mask) * x                                         # Eq. 1
 
     def relate(self, pathology_queried, anatomy_queried):

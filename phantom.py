@@ -137,7 +137,7 @@ def place_words(rng, found):
     names = sorted(f.anatomy.replace("_", " ").replace("hilar", "hilum") for f in found)
     if len(names) > 1:
         where = listed(names, "and")
-        if rng.random() < 0.5:  # "left lower and right mid lung"
+        if "hilum" not in where and rng.random() < 0.5:  # "left lower and right mid lung"
             where = where.replace(" lung,", ",").replace(" lung and", " and")
         return where
     if found[0].anatomy not in LUNG_ZONES:
@@ -148,13 +148,13 @@ def place_words(rng, found):
 
 def say(rng, key, film, found):
     """A sentence about findings of one pathology, from the rows `key` of the phrases."""
-    pathology, anatomy, (x, _, width, _), _ = found[0]
-    left = "left" in anatomy
-    if anatomy == "rib":  # its side is the drawn one
-        left = x + width / 2 > film.size / 2
+    first = found[0]
+    left = "left" in first.anatomy
+    if first.anatomy == "rib":  # its side is the drawn one
+        left = first.box[0] + first.box[2] / 2 > film.size / 2
     text = rng.choice(PHRASES[key]).format(
-        name=pathology, where=place_words(rng, found), zone=anatomy.split("_")[-2:][0],
-        side="left" if left else "right", amount=rng.choice(PHRASES["amount"]))
+        name=first.pathology, side="left" if left else "right", where=place_words(rng, found),
+        zone=first.anatomy.split("_")[-2:][0], amount=rng.choice(PHRASES["amount"]))
     return text[0].upper() + text[1:]
 
 
@@ -169,41 +169,46 @@ def describe(rng, film, found):
     return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, film, [f]) for f in found]
 
 
-def deny(rng, absent):
-    """Sentences that deny one to three pathologies each."""
-    said = []
-    while absent:
+def report_findings(rng, film, drawn):
+    """Sentences of FINDINGS and of IMPRESSION about what is drawn. By the shares of the world some
+    pathologies are left out, and some are only suspected."""
+    world, seen, impression = WORLDS[film.world], [], []
+    for pathology, found in drawn.items():
+        luck = rng.random()
+        if luck < world.left_out:
+            continue
+        if luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES:
+            film.mentions[pathology] = -1
+            seen.append(say(rng, "suspected", film, found))
+        else:
+            film.mentions[pathology] = 1
+            seen += describe(rng, film, found)
+            impression += describe(rng, film, found)
+    return seen, impression
+
+
+def deny(rng, film, drawn):
+    """Sentences that deny 30 % of what is absent, one to three pathologies each."""
+    absent = [name for name in LOOKS if name not in drawn and name != "covid-19"]
+    if drawn.keys() & {*PATCHES, "covid-19"}:  # "no focal opacity" would deny a consolidation
+        absent = [name for name in absent if name not in PATCHES]
+    denied, said = [name for name in absent if rng.random() < 0.3], []
+    film.mentions |= dict.fromkeys(denied, 0)
+    while denied:
         count = rng.randint(1, 3)
-        names = [PHRASES.get(f"no {name}", [name])[0] for name in absent[:count]]
+        names = [PHRASES.get(f"no {name}", [name])[0] for name in denied[:count]]
         said.append(rng.choice(PHRASES["denied"]).format(name=listed(names, "or")))
-        absent = absent[count:]
+        denied = denied[count:]
     return said
 
 
 def dictate(film):
-    """What a radiologist says of the findings: film.mentions and film.sections. Some findings are
-    left out or only suspected, by the world's shares; 30 % of what is absent is denied."""
-    rng, world, seen, impression = stream(film.seed, "report"), WORLDS[film.world], [], []
-    drawn = collections.defaultdict(list)
+    """What a radiologist says of film.findings, into film.mentions and film.sections."""
+    rng, drawn = stream(film.seed, "report"), collections.defaultdict(list)
     for finding in film.findings:
         drawn[finding.pathology].append(finding)
-    for pathology, found in drawn.items():
-        luck = rng.random()
-        doubtful = luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES
-        if luck < world.left_out:
-            continue
-        film.mentions[pathology] = -1 if doubtful else 1
-        if doubtful:
-            seen.append(say(rng, "suspected", film, found))
-        else:
-            seen += describe(rng, film, found)
-            impression += describe(rng, film, found)
-    # "no focal opacity" beside a consolidation would deny what is drawn
-    alike = {*PATCHES, "covid-19"}
-    undeniable = {*drawn} | (alike if alike & drawn.keys() else {"covid-19"})
-    absent = [name for name in LOOKS if name not in undeniable and rng.random() < 0.3]
-    film.mentions |= dict.fromkeys(absent, 0)
-    seen += deny(rng, absent)
+    seen, impression = report_findings(rng, film, drawn)
+    seen += deny(rng, film, drawn)
     for name in ("cardiomegaly", "fracture"):
         if name not in drawn and rng.random() < 0.3:
             seen.append(rng.choice(PHRASES[f"without {name}"]))
@@ -220,8 +225,8 @@ def dictate(film):
     if form != "impression":
         film.sections["FINDINGS"] = said
     if form == "both":
-        said = " ".join(impression) or "As above."
-    if form != "findings":
+        film.sections["IMPRESSION"] = " ".join(impression) or "As above."
+    if form == "impression":
         film.sections["IMPRESSION"] = said
 
 

@@ -87,7 +87,8 @@ def ask(args, model, images, rows, texts):
         batch = rows[start:start + args.batch_size]
         x = to_input(torch.from_numpy(images[batch]).to(args.device), args.image_size)
         with torch.inference_mode():
-            yield batch, model(x, *texts, need_attention=True)
+            out = model(x, *texts, need_attention=True)                         # x [B,3,H,W]
+        yield batch, out
 
 
 def array(tensor):
@@ -117,7 +118,7 @@ def pairs_of(model, out, anatomy_text):
 
 
 def print_table(title, scores, keys):
-    """{name: {key: value}} as a table: numbers to three decimals, None or a missing key as a dash."""
+    """{name: {key: value}} as a table: numbers to three decimals, a dash for None or nothing."""
     table = [[title, *keys]]
     for name, values in scores.items():
         row = [values.get(key) for key in keys]
@@ -147,39 +148,36 @@ def predict(args, model):
     if args.prompt:
         labels[args.prompt] = None
     texts, columns, _ = questions(args, model, labels)
-    answers, heats = [], []
+    answers = []
     for file, film in read_films(args.image, args.image_size):
         _, out = next(ask(args, model, film[None], np.arange(1), texts))
-        existence, _, pairs = (x[0] for x in pairs_of(model, out, texts[1]))    # [m] [n,m]
-        likely = sorted(columns, key=lambda name: -existence[columns[name]])
-        if args.prompt:
-            likely.sort(key=lambda name: name != args.prompt)  # the user's question first
-        for label in likely:
+        existence, _, pairs = (x[0] for x in pairs_of(model, out, texts[1]))    # [m], [n,m]
+        # the user's own question first, then the likeliest
+        for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[columns[k]])):
             k = columns[label]
-            row = {"image": file, "finding": label, "probability": float(existence[k])}
+            row = {"image": file, "finding": label, "probability": round(float(existence[k]), 4)}
             for rank, i in enumerate(np.argsort(-pairs[:, k])[:3], 1):
-                row |= {f"place {rank}": places[i], f"probability {rank}": float(pairs[i, k])}
+                row[f"place {rank}"] = places[i]
+                row[f"probability {rank}"] = round(float(pairs[i, k]), 4)
             answers.append(row)
     if not answers:
         raise InputError(f"no radiograph can be read at {args.image}; --image takes a PNG, JPEG or "
                          "DICOM file, or a folder of them")
+    folder = Path(args.out_dir, "eval")
     if Path(args.image).is_dir():
-        write_answers(Path(args.out_dir, "eval", "predict.csv"), answers)
+        with atomic(folder / "predict.csv") as draft, open(draft, "w", newline="") as file:
+            writer = csv.DictWriter(file, answers[0])
+            writer.writeheader()
+            writer.writerows(answers)
+        print(f"{len(answers) // len(columns)} images, {len(columns)} questions each: "
+              f"{folder / 'predict.csv'}")
     else:
         print_table("finding", {row["finding"]: row for row in answers[:8]}, list(answers[0])[2:])
-        film, maps = read_image(args.image), maps_of(args, out)[0]
+        film, maps = read_image(args.image), maps_of(args, out)[0]              # [H,W], [m,h,w]
         heats = [(row["finding"], row["probability"],
                   heat_of(args, model, maps[columns[row["finding"]]], film.shape))
                  for row in answers[:4]]
-        with atomic(Path(args.out_dir, "eval", "predict.png")) as draft:
+        with atomic(folder / "predict.png") as draft:
             figures.draw_prediction(draft, film, heats)
+        print(f"where the first four look: {folder / 'predict.png'}")
     print("For study and research: this is no medical device, and this no diagnosis.")
-
-
-def write_answers(path, answers):
-    with atomic(path) as draft, open(draft, "w", newline="") as file:
-        writer = csv.DictWriter(file, answers[0])
-        writer.writeheader()
-        for row in answers:
-            writer.writerow({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
-    print(f"{len(answers)} answers about {len({row['image'] for row in answers})} images: {path}")

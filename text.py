@@ -228,7 +228,7 @@ def read_radgraph(path, chunk=1 << 22):
                         raise InputError(f"{path} is not RadGraph's JSON: {key[1]} has no entities")
                     yield json.loads(key[1]), graph
                 text = text[position:]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"cannot read the RadGraph file {path}: {error}") from None
     if text.strip() not in ("}", "{}"):
         raise InputError(f"{path} is not RadGraph's JSON, or is cut off near {text[:40]!r}")

@@ -144,8 +144,8 @@ def resolve(given, saved):
         defaults |= {"alpha": 1.0, "beta": 1.0}
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
     args = argparse.Namespace(**vars(given) | defaults | kept | flags)
-    if args.streams == "single":  # it has no anatomy stream for ICL
-        args.beta = 0.0
+    if args.streams == "single":  # no anatomy stream for ICL or the swap loss
+        args.beta, args.separate = 0.0, 0.0
     if args.dim % args.heads:
         raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
     if args.recipe == "paper" and args.data == "mimic" and args.triplets is None:
@@ -202,7 +202,8 @@ def build_model(queries, table, rows, args):
     rates = []
     for labels in image_labels(existence):
         known = (labels >= 0) | (args.unmentioned == "negative")
-        rates.append((labels[known] == 1).float().mean().clamp(0.001, 0.999).item())
+        rate = (labels[known] == 1).float().mean().nan_to_num(0.5)  # NaN: nothing is stated
+        rates.append(rate.clamp(0.001, 0.999).item())
     model.start_from(text, *rates)
     return model
 

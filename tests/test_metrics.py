@@ -16,22 +16,19 @@ def test_classification_by_pencil():
     s = metrics.classification_scores([1, 0, 1, 0], [4, 3, 2, 1])
     assert s == {"auroc": 0.75, "ap": (1 + 2 / 3) / 2, "f1": pytest.approx(0.8), "acc": 0.75,
                  "threshold": 2.0, "n_pos": 2, "n": 4}
-    s = metrics.classification_scores([1, 0, 1, 0], [4, 3, 2, 1], threshold=3.5)
-    assert (s["f1"], s["acc"]) == (pytest.approx(2 / 3), 0.75)
 
 
 def test_a_class_of_one_kind_is_none_and_not_in_the_mean():
-    labels = np.array([[1, 0, -1], [0, 0, 1], [1, 0, 1], [0, 0, 0]])            # -1: unknown
+    labels = np.array([[1, 0, -1], [0, 0, 1], [1, 0, 1], [0, 0, 0]])
     scores = np.array([[.9, .5, .1], [.8, .5, .2], [.7, .5, .3], [.1, .5, .4]])
     s = metrics.classification_scores(labels, scores, names=["a", "b", "c"])
-    assert s["per_class"]["b"]["auroc"] is None and s["per_class"]["c"]["n"] == 3
-    assert s["auroc"] == (0.75 + 0) / 2
+    assert s["per_class"]["b"]["auroc"] is None and s["auroc"] == (0.75 + 0) / 2
 
 
 def test_scores_are_scikit_learns():
     rng = np.random.default_rng(0)
     labels, scores = (rng.random((300, 3)) < 0.2).astype(int), np.round(rng.random((300, 3)), 2)
-    s = metrics.classification_scores(labels, scores, [0.3, 0.5, 0.9])
+    s = metrics.classification_scores(labels, scores)
     assert s["ap"] == pytest.approx(average_precision_score(labels, scores))
     assert s["auroc"] == pytest.approx(roc_auc_score(labels, scores))
     assert metrics.class_aurocs(labels, scores)[-1] == pytest.approx(s["auroc"])  # with many ties
@@ -41,16 +38,11 @@ def test_scores_are_scikit_learns():
 
 
 def test_the_bootstrap_redraws_whole_patients():
-    """Of two patients with two films each either both films of one are drawn, or none: the sum of
-    10 10 1 1 is 40, 22 or 4."""
+    """Of two patients with two films each: the sum of 10 10 1 1 is 40, 22 or 4."""
     films = np.array([10, 10, 1, 1])
     sums = metrics.bootstrap(lambda _, v: v.sum(), films, films, groups=["a", "a", "b", "b"])
-    assert set(sums) == {40, 22, 4} and len(sums) == 1000
+    assert set(sums) == {40, 22, 4}
     assert metrics.central(np.array([0.0, 2.0, np.nan])) == pytest.approx((0.05, 1.95))
-    rng = np.random.default_rng(2)
-    labels = rng.integers(0, 2, 80)
-    low, high = metrics.bootstrap_ci(metrics.auroc, labels, labels + rng.normal(0, 1, 80), n=200)
-    assert 0.5 < low < high < 1
     assert metrics.bootstrap_ci(metrics.auroc, np.ones(5, int), np.arange(5)) == (None, None)
 
 
@@ -68,15 +60,14 @@ def test_grounding_by_pencil():
 def test_three_pointing_rules_by_pencil():
     """A mask of one pixel at (0, 3), cells of 4 x 4 pixels: the point (0, 0) is in the mask's block
     and three pixels away; (0, 4) is next to the mask, in another block; (4, 4) is too far."""
-    mask = np.zeros((8, 8), bool)
-    mask[0, 3] = True
+    mask = np.arange(64).reshape(8, 8) == 3
     regions = metrics.hit_regions(mask, 2, 2)
     for point, hits in (((0, 3), (1, 1, 1)), ((0, 0), (0, 1, 1)), ((0, 4), (0, 1, 0)),
                         ((4, 4), (0, 0, 0))):
         heat = np.zeros((8, 8))
         heat[point] = 1
         assert tuple(metrics.points_at(heat, regions).values()) == hits
-    assert metrics.points_at(np.ones((8, 8)), regions)["pointing_released"] == 1 / 4  # shared
+    assert metrics.points_at(np.ones((8, 8)), regions)["pointing_game"] == 1 / 64  # shared
 
 
 def test_dice_over_thresholds_and_the_fixed_answer():
@@ -85,7 +76,7 @@ def test_dice_over_thresholds_and_the_fixed_answer():
     a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
     a[:2, :2], b[0, :2] = True, True
     mean, threshold = metrics.fixed_answer([a, a, b])
-    assert mean[0, 0] == 1 and mean[1, 0] == pytest.approx(2 / 3) and threshold < 2 / 3
+    assert mean[1, 0] == pytest.approx(2 / 3) and threshold < 2 / 3
     assert metrics.dice_scores(mean, a, [0.5, 0.7]).tolist() == pytest.approx([1, 2 / 3])
 
 
@@ -94,20 +85,19 @@ def test_a_cell_is_drawn_where_it_looks(name):
     """With equal weights, and means for maxima in pooling, the gradient of a cell is its receptive
     field. It is centred where `upsample_map` draws the cell."""
     backbone, _, stride, centre = build_backbone(name)
-    for k, module in enumerate(backbone):
-        if isinstance(module, torch.nn.MaxPool2d):
-            backbone[k] = torch.nn.AvgPool2d(3, 2, 1)
+    if name == "resnet18":
+        backbone[3] = torch.nn.AvgPool2d(3, 2, 1)
     for p in backbone.parameters():
         if p.dim() == 4:
             torch.nn.init.constant_(p, 1 / p[0].numel())
     images = torch.ones(1, 3, 256, 256, requires_grad=True)
     cells = backbone.eval()(images)
-    middle, impulse = cells.shape[2] // 2, np.zeros(cells.shape[2:])
-    cells[0, :, middle, middle].sum().backward()
-    impulse[middle, middle] = 1
-    drawn = metrics.upsample_map(impulse, 256, 256, 256, (centre, stride))
+    impulse = np.zeros(cells.shape[2:])
+    impulse[7, 7] = 1
+    cells[0, :, 7, 7].sum().backward()
     seen = images.grad.abs().sum((0, 1)).double().numpy()                       # [256,256]
-    looks, is_drawn = [np.average(np.arange(256), weights=x.sum(0)) for x in (seen, drawn)]
+    drawn = metrics.upsample_map(impulse, 256, 256, 256, (centre, stride))
+    looks, is_drawn = (np.average(np.arange(256), weights=x.sum(0)) for x in (seen, drawn))
     assert looks == pytest.approx(is_drawn, abs=1e-3)
 
 
@@ -118,14 +108,13 @@ def test_relation_by_pencil():
     s = metrics.relation_scores(truth, scores, mirror=np.array([1, 0, 2]), least=1)
     assert s["auroc"] == pytest.approx(roc_auc_score(truth.ravel(), scores.ravel()))
     assert s["cell_auroc"] == pytest.approx((1 + 1 + 0) / 3)  # .9 > .6; .5 > .2; .1 < .3
-    assert (s["side"], s["n_sided"]) == (0.5, 2)  # .9 > .2, but .5 < .6; the heart has no side
-    assert s["top1"] == 0.5
-    assert metrics.relation_scores(truth, scores, np.array([1, 0, 2]))["cell_auroc"] is None  # few
+    # .9 > .2, but .5 < .6; the heart has no side
+    assert (s["side"], s["n_sided"], s["top1"]) == (0.5, 2, 0.5)
 
 
 def test_places_by_pencil():
-    """The same: the second film's finding is at right and heart, its two highest are left and
-    right. By chance two of three would hold 2/3 of them. A place that never occurs is not asked."""
+    """The second film's finding is at places 2 and 3, its two highest are 1 and 2; by chance they
+    would hold two thirds of them. Place 4 never occurs and is not asked."""
     truth = np.array([[1, 0, 0, 0], [0, 1, 1, 0]])[:, :, None]
     scores = np.array([[.9, .2, .3, 1], [.6, .5, .1, 1]])[:, :, None]
     assert metrics.place_scores(truth, scores) == {
@@ -133,11 +122,10 @@ def test_places_by_pencil():
 
 
 def test_held_out_cells_are_scored_apart():
-    """Training films have the finding at the first place only. Of four films one has it there, one
-    at the second place, two not at all."""
+    """Training films have it at the first place only; of four films one at the second, two none."""
     truth = np.array([[1, 0], [0, 1], [0, 0], [0, 0]])[:, :, None]
     pairs = np.array([[.9, .1], [.8, .1], [.1, .1], [.1, .2]])[:, :, None]
-    existence = np.array([[.9], [.3], [.2], [.4]])
-    s = metrics.scores_apart(truth, np.array([[True], [False]]), existence, pairs, pairs)
+    existence, in_train = np.array([[.9], [.3], [.2], [.4]]), np.array([[True], [False]])
+    s = metrics.scores_apart(truth, in_train, existence, pairs, pairs)
     assert s["held_out"] == {"auroc": 0.5, "relation_ap": 0.25, "place_top1": 0, "n": 1}
     assert s["seen"] == {"auroc": 1, "relation_ap": 1, "place_top1": 1, "n": 1}

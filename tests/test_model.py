@@ -129,10 +129,10 @@ def test_other_weights_against_pytorch_layers(tmp_path):
 # --------------------------------------------------------------------------------------- properties
 
 def ask(**settings):
-    """-> (small model in eval mode; 2 images, 5 pathologies, 4 anatomies; what it says of them)"""
+    """-> (small model in eval mode; 3 images, 5 pathologies, 4 anatomies; what it says of them)"""
     torch.manual_seed(0)
     model = MeDSLIP(MeDSLIPConfig(**SMALL | settings)).eval()
-    batch = torch.randn(2, 3, 32, 32), torch.randn(5, 24), torch.randn(4, 24)
+    batch = torch.randn(3, 3, 32, 32), torch.randn(5, 24), torch.randn(4, 24)
     return model, batch, model(*batch, need_attention=True)
 
 
@@ -146,7 +146,7 @@ def test_maps_sum_to_1_and_every_parameter_learns(settings):
             assert_close(weights.sum((-2, -1)), torch.ones(weights.shape[:2]))
     plain = model.train()(*batch)
     assert plain.pathology_attention is None and plain.pathology_evidence is None
-    medslip_loss(plain, torch.eye(4, 5).expand(2, 4, 5), *batch[1:])["loss"].backward()
+    medslip_loss(plain, torch.eye(4, 5).expand(3, 4, 5), *batch[1:])["loss"].backward()
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
@@ -177,8 +177,8 @@ def test_relation():
     bare = ask(icl="bare")[2].relation_logits
     assert bare.abs().max() <= 1 + 1e-6
     assert_close(out.relation_logits, 10 * bare - 4)  # scale and bias at the start
-    of_two_films = model.relate(out.pathology_queried[1:], out.anatomy_queried[:1])
-    assert_close(model.swap(out)[1:], of_two_films)
+    swapped = model.relate(out.pathology_queried[1:], out.anatomy_queried[:-1])
+    assert_close(model.swap(out)[1:], swapped)  # film b's pathologies, film b - 1's anatomies
 
 
 @pytest.mark.parametrize("existence, bias", [("embedding", "existence.bias"),

@@ -1,0 +1,330 @@
+"""Rules that read the triplets of a report, (pathology, anatomy, existence), without a model.
+
+    python reports.py --root data/openi        # their score against human index terms
+    echo "No effusion, mild scarring in the left base." | python text.py --report -
+
+The second one step by step:
+
+    read_items      deny "no", finding effusion, comma, start "mild", finding scar, preposition
+                    "in", filler "the", side left, level lower
+    join_places     the last two are one Place(left, lower)
+    read_existence  effusion is denied; the comma before "mild" ends the denial: scar is present
+    find_places     the place belongs to scar, behind which it stands
+    share_places    effusion has no part in it: what is denied is denied everywhere
+    landmarks       (effusion, pleural_unspec, 0), its home; (scar, left_lower_lung, 1)
+
+Words are rows of tables: vocabulary_words.csv (deny, doubt: said of the findings that follow;
+denied, doubted: of those before; start: opens a statement after a comma; split: ends a clause),
+_findings (where a finding is if no place is stated), _implied (what it also says), _sections.
+
+Differs from the paper, which takes RadGraph's triplets: a bilateral finding is at both sides, too,
+not at the joint landmark (lung_bases) alone; else left_pleural would count as not mentioned.
+"""
+import ast
+import collections
+import hashlib
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from cli import Parser, run
+from text import PATHOLOGIES, Triplet, bucket, landmark, stem, vocabulary_rows
+
+# --------------------------------------------------------------- sections and sentences of a report
+
+HEADER = re.compile(r"([A-Z]{2}[A-Z0-9 ()/,&-]*|Findings?|Impression|Conclusion|Indication|"
+                    r"Comparison|Technique|History|Exam(?:ination)?):(?=\s|$)")
+SECTIONS = {row["header_word"]: row["section"] for row in vocabulary_rows("sections")}
+
+
+def section_name(header):
+    """A header in any spelling -> "findings", "impression", its own words, or "" (no header)."""
+    words = [stem(word, SECTIONS) for word in re.findall("[a-z]+", header.lower())]
+    known = [section for word, section in SECTIONS.items() if word in words]
+    return known[0] if known and known[0] != "other" else " ".join(words)
+
+
+def sections(report):
+    """{name: text} of a report's sections; of two with one name the last that is not empty.
+
+    As in MIMIC's own parser a report with headers, but without findings and impression, has a
+    `last_paragraph`, all behind the first blank line of its last section. A report without any
+    header is all `findings`.
+    """
+    parts = [part for part in re.split(r"\n[ \t]*_{5,}[ \t]*\n", report) if part.strip()]
+    body = parts[-1] if parts else ""  # addenda stand on top, above a line
+    # some publish a report on one line
+    body = re.sub(r"\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)[ \t]*:", r"\n\1:", body)
+    blocks = [["", ""]]  # name, text
+    for line in body.split("\n"):
+        header = HEADER.match(line.strip())
+        name = section_name(header[1]) if header else ""
+        if name:
+            blocks.append([name, line.strip()[header.end():]])
+        else:
+            blocks[-1][1] += "\n" + line.strip()
+    if len(blocks) == 1 and "FINAL REPORT" not in body:
+        return {"findings": blocks[0][1]}
+    found = {name: text for name, text in blocks if name and text.strip()}
+    if "findings" not in found and "impression" not in found:
+        found["last_paragraph"] = blocks[-1][1].lstrip("\n").partition("\n\n")[2]
+    return found
+
+
+def sentences(report):
+    """The sentences of findings and impression, else of the last paragraph, as a list."""
+    read = ("findings", "impression", "last_paragraph")
+    text = "\n\n".join(text for name, text in sections(report).items() if name in read)
+    # MIMIC wraps its lines, so only a blank line ends a sentence; "2) Small effusion" is numbered
+    found = re.split(r"\n\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
+    return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
+            if re.search(r"[A-Za-z]{3}", sentence)]
+
+
+# -------------------------------------------------------------------------------- words and places
+
+PHRASES = {tuple(row["word"].split()): row for row in vocabulary_rows("words")}
+WORDS = {word for phrase in PHRASES for word in phrase}
+LONGEST = max(len(phrase) for phrase in PHRASES)
+CLAUSE_ENDS = "|".join(rf"(?<!\w){row['word']}(?!\w)" for row in PHRASES.values()
+                       if row["kind"] == "split")
+FINDINGS = {row["finding"]: row for row in vocabulary_rows("findings")}
+IMPLIED = {(row["said"], row["organ"], int(row["existence"])):
+           (row["means"], row["anatomy"], int(row["its_existence"]))
+           for row in vocabulary_rows("implied")}
+
+# side: left, right or both; level: upper, mid, lower or apical; organ: several are joined by |;
+# vague: an organ that says too little beside a side or a level ("pulmonary")
+Place = collections.namedtuple("Place", "side level organ vague", defaults=("", "", "", ""))
+
+
+@dataclass
+class Item:
+    kind: str                   # as in vocabulary_words.csv, "word" or "place"
+    name: str
+    place: Place = Place()      # of kind place
+    existence: int = 1          # of kind finding
+    places: list = field(default_factory=list)
+
+
+def read_items(text):
+    """The Items of a clause: the longest phrases that the table knows, and other words."""
+    words = re.findall(r"(?<![a-z0-9])[a-z]+|[,:()/]", text.lower())
+    words, items = [stem(word, WORDS) for word in words], []
+    while words:
+        for length in range(LONGEST, 0, -1):
+            phrase = tuple(words[:length])
+            if phrase in PHRASES:
+                break
+        row = PHRASES.get(phrase, {"kind": "word", "name": ""})
+        if row["kind"] == "short for":
+            items += read_items(row["name"])  # bibasilar: both base
+        else:
+            items.append(Item(row["kind"], row["name"] or phrase[0]))
+        words = words[len(phrase):]
+    return items
+
+
+def join_places(items):
+    """Words of one place become one item: "base of the left lung" -> Place(left, lower, lung)."""
+    joined, place = [], None  # place: the item that the next word of anatomy may add to
+    for item in items:
+        if item.kind not in Place._fields:
+            if item.kind not in ("filler", "word") and item.name not in ("of", "on"):
+                place = None
+            joined.append(item)
+            continue
+        known = getattr(place.place, item.kind) if place else ""
+        if not place or item.kind in ("side", "level") and known not in ("", item.name):
+            place, known = Item("place", ""), ""
+            joined.append(place)
+        name = item.name if known in ("", item.name) else f"{known}|{item.name}"
+        place.place = place.place._replace(**{item.kind: name})
+    return joined
+
+
+def kinds(items, start, end):
+    return {item.kind for item in items[start:end]}
+
+
+# ------------------------------------------------------------------- from a clause to its triplets
+
+# "likely" and "may represent" are both doubt: who is sure says neither. "probable" is present, as for
+# the people who index Open-i: the macro F1 there is 0.928, with "probable" as doubt 0.916.
+MEANING = {"deny": 0, "doubt": -1, "denied": 0, "doubted": -1}
+
+
+def read_existence(items):
+    """Set the existence of the findings of a clause, from left to right."""
+    existence, subject, behind = 1, [], 0  # subject: what "has resolved" is about; where it ends
+    for i, item in enumerate(items):
+        since = kinds(items, behind, i) if subject else set()
+        coming = [other for other in items[i + 1:] if other.kind not in ("word", "filler", "place")]
+        following = coming[0] if coming else item
+        if item.kind == "finding":
+            if item.name == "normal" and "verb" in since and not since & {"comma", "join"}:
+                subject[-1].existence = 0  # "engorgement is within normal limits"
+            item.existence = existence
+            subject.append(item)
+            behind = i + 1
+        elif item.kind in ("denied", "doubted") and subject and following.kind != "finding":
+            for finding in subject:  # "effusion has resolved", but "no longer any effusion"
+                finding.existence = MEANING[item.kind]
+        elif item.kind in MEANING:
+            existence = MEANING[item.kind]
+        elif item.kind in ("comma", "join") and item.name != "or":
+            # "no effusion, [mild scarring]"; "no effusion is seen, [scarring in the left base]"
+            starts = following.kind == "start" or following.name in PATHOLOGIES[:8]  # normal, clear
+            if starts and existence == 0 or since & {"verb", "denied", "doubted"}:
+                existence, subject = 1, []
+
+
+def find_places(items, positions):
+    """Give every place of a clause to the finding before it or to the one after it."""
+    last = -1  # the finding or place before an item
+    for i, item in enumerate(items):
+        if item.kind == "place" and positions:
+            before = [p for p in positions if p < i]
+            after = [p for p in positions if p > i]
+            # "[opacity] in the left base", but "The left lung base shows [opacity]"
+            since = kinds(items, last + 1, i)
+            linked = "preposition" in since or not since & {"comma", "join", "verb"}
+            if after and kinds(items, i + 1, after[0]) <= {"word", "start", "filler", "place"}:
+                linked = False  # "left basilar [opacity]"
+            owner = before[-1] if before and (linked or not after) else after[0]
+            add_place(items[owner].places, item.place)
+        if item.kind in ("finding", "place"):
+            last = i
+
+
+def add_place(places, place):
+    """Add one of several places of a finding, completing the list."""
+    if places and not places[-1].side and place == Place(place.side):
+        place = places.pop()._replace(side=place.side)  # "basilar [opacity] on the left"
+    elif places and place.level:
+        place = place._replace(side=place.side or places[-1].side)
+        if places[-1].level and not places[-1].organ and place.organ == "lobe":
+            places[-1] = places[-1]._replace(organ="lobe")  # "right middle and lower lobes"
+    places.append(place)
+
+
+def share_places(findings):
+    """A finding without a place is where the one before it is, else where the next one is."""
+    pairs = list(zip(findings, findings[1:]))
+    for giver, taker in pairs + [(b, a) for a, b in reversed(pairs)]:
+        row, other = FINDINGS[taker.name], FINDINGS[giver.name]
+        # what is denied is denied everywhere; what is normal is not where the effusion is
+        if (giver.places and not taker.places and not row["home"] and taker.existence
+                and (other["needs_place"] or not row["needs_place"])):
+            taker.places = giver.places
+            if other["always_home"]:  # beside the left pleura, not in it
+                taker.places = [Place(place.side) for place in giver.places if place.side]
+
+
+def landmarks(place, home):
+    """The landmarks of one Place; a place on both sides is also the joint one, as lung_bases."""
+    vague = "" if place.side or place.level else place.vague
+    organ = f"{place.organ}|{vague}".strip("|") or ("lung" if place.level else home)
+    words = f"{organ}|{place.level}" if place.level else organ
+    joint = "lung_apices" if words in ("lung|upper", "lung|apical") else landmark(words)
+    if place.side == "both" and place.organ == "perihilar":
+        return [joint]  # around both hila is one place
+    names = [landmark(f"{words}|{side}") for side in ("left", "right")
+             if place.side in (side, "both")]
+    if place.side not in ("left", "right"):
+        names.append(joint)
+    return [name for name in names if name != "other"] or [joint]
+
+
+@lru_cache(2 ** 16)  # reports repeat themselves: "No pneumothorax." is read once
+def read_clause(text):
+    """((concept, landmark, existence), ...) of what stands between two "but" or semicolons."""
+    items = join_places(read_items(text))
+    positions = [i for i, item in enumerate(items) if item.kind == "finding"]
+    read_existence(items)
+    find_places(items, positions)
+    share_places([items[i] for i in positions])
+    triplets = []
+    for i, after in zip(positions, positions[1:] + [None]):
+        finding, row = items[i], FINDINGS[items[i].name]
+        if after and items[after].name in row["adjective_of"].split(" or ") and (
+                kinds(items, i + 1, after) <= {"word", "start", "filler", "place"}):
+            continue  # "nodular opacity" is no nodule
+        if row["needs_place"] and finding.existence and not finding.places:
+            continue
+        for place in finding.places or [Place(organ=row["home"] or "unspecified")]:
+            if row["always_home"]:
+                place = Place(place.side, organ=row["home"])
+            for name in landmarks(place, row["home"] or "lung"):
+                triplets.append((finding.name, name, finding.existence))
+            said = (finding.name, place.organ or place.vague, finding.existence)
+            if said in IMPLIED:
+                triplets.append(IMPLIED[said])
+    return tuple(dict.fromkeys(triplets))
+
+
+def extract_triplets(report, buckets=True):
+    """[Triplet] of the findings and the impression of a report, else of its last paragraph.
+
+    With buckets a concept outside PATHOLOGIES is tail_abnorm_obs; without, it keeps its name.
+    """
+    return [Triplet(bucket(concept) if buckets else concept, anatomy, existence, sentence)
+            for sentence in sentences(report)
+            for clause in re.split(CLAUSE_ENDS, sentence.lower())
+            for concept, anatomy, existence in read_clause(clause)]
+
+
+def rules_key(folder=Path(__file__).parent):
+    """A digest of the rules and their tables; comments do not count. Caches are keyed by it."""
+    programs = [ast.dump(ast.parse((folder / name).read_text("utf-8"))).encode()
+                for name in ("text.py", "reports.py")]
+    tables = [table.read_bytes() for table in sorted(folder.glob("vocabulary_*.csv"))]
+    return hashlib.sha256(b"".join(programs + tables)).hexdigest()
+
+
+# ------------------------------------------------------------- the score against human index terms
+
+def sides(names):
+    """The sides that index terms or landmarks name; the joint landmarks are on both."""
+    text = " ".join(names).replace("lingula", "left")
+    if re.search("bilateral|lung_bases|lung_apices", text):
+        return {"left", "right"}
+    return {side for side in ("left", "right") if side in text}
+
+
+def parse_args(argv=None):
+    parser = Parser(description="Score the rules against the index terms of Open-i.")
+    parser.add_argument("--root", default="data/openi", help="folder of the reports")
+    return parser.parse_args(argv)
+
+
+def main(args):
+    from sklearn.metrics import classification_report
+    from formats.openi import OPENI, reports
+    sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
+    indexed, asserted, same_side, errors = [], [], [], collections.Counter()
+    for record in reports(args.root):
+        triplets = extract_triplets(record["report"])
+        for label, headings in OPENI.items():
+            terms = [term for term in record["terms"] if term.split("/")[0] in headings]
+            places = {triplet.anatomy for triplet in triplets
+                      if triplet.pathology == label.lower() and triplet.existence == 1}
+            indexed.append(bool(terms))
+            asserted.append(bool(places))
+            if terms and places - sideless and sides(terms):
+                same_side.append(sides(terms) == sides(places))
+            if bool(terms) != bool(places):
+                errors[label, "not asserted" if terms else "not indexed"] += 1
+    shape = (-1, len(OPENI))                                        # [N,L]
+    print(classification_report(np.reshape(indexed, shape), np.reshape(asserted, shape),
+                                target_names=list(OPENI), digits=3, zero_division=0))
+    print(f"side right in {np.mean(same_side):.3f} of {len(same_side)}; commonest errors:")
+    for (label, kind), count in errors.most_common(5):
+        print(f"{count:4d} {label} {kind}")
+
+
+if __name__ == "__main__":
+    run(main, parse_args)
