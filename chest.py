@@ -157,7 +157,7 @@ BALLS = {
 
 
 def in_lung(c, side, density):
-    """Density adds up in air; before the heart or ribs a lesion shows less."""
+    """Density adds up in air; before heart, ribs or another lesion it shows less."""
     return density * c.space[side] * np.clip((0.75 - c.film) * 2.5, 0.5, 1)
 
 
@@ -282,21 +282,21 @@ def draw_film(seed, findings, size=64, world="easy"):
     counterfactual film. world: a key of WORLDS.
     """
     world, small = WORLDS[world], min(size, DETAIL)
-    chest = Chest(seed, findings, small, world)
-    film, masks = chest.film, {}
-    for finding in findings:
+    chest, masks = Chest(seed, findings, small, world), {}
+    healthy = chest.film
+    for finding in sorted(findings):
         pathology, anatomy = finding
         look = LOOKS[pathology][2]
         if look:
             change = world.contrast * look(chest, pathology, anatomy, stream(seed, *finding))
-            film = film + change
+            chest.film = chest.film + change
         else:
             others = [other for other in findings if other != finding]
-            change = chest.film - Chest(seed, others, small, world).film
+            change = healthy - Chest(seed, others, small, world).film
         mask = binary_fill_holes(np.abs(change) > VISIBLE)
         if mask.sum() >= small**2 / 500:
             masks[finding] = enlarge(mask, size)
-    return develop(film, seed, size), masks, enlarge(chest.lungs > 0.5, size)
+    return develop(chest.film, seed, size), masks, enlarge(chest.lungs > 0.5, size)
 
 
 def enlarge(mask, size):

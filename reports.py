@@ -78,7 +78,7 @@ def sentences(report):
     """The sentences of findings and impression, else of the last paragraph, as a list."""
     read = ("findings", "impression", "last_paragraph")
     text = "\n\n".join(text for name, text in sections(report).items() if name in read)
-    # MIMIC wraps its lines, so only a blank line ends a sentence; "2) Small effusion" is numbered
+    # MIMIC wraps its lines, so only a blank line ends a sentence; "2) Effusion" is numbered
     found = re.split(r"\n\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
     return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
             if re.search(r"[A-Za-z]{3}", sentence)]
@@ -152,8 +152,8 @@ def kinds(items, start, end):
 
 # ------------------------------------------------------------------- from a clause to its triplets
 
-# "likely" and "may represent" are both doubt: who is sure says neither. "probable" is present, as for
-# the people who index Open-i: the macro F1 there is 0.928, with "probable" as doubt 0.916.
+# "likely" and "may represent" are both doubt: who is sure says neither. "probable" is present, as
+# for those who index Open-i: macro F1 there 0.928; with "probable" as doubt 0.916.
 MEANING = {"deny": 0, "doubt": -1, "denied": 0, "doubted": -1}
 
 
@@ -278,7 +278,7 @@ def extract_triplets(report, buckets=True):
 
 
 def rules_key(folder=Path(__file__).parent):
-    """A digest of the rules and their tables; comments do not count. Caches are keyed by it."""
+    """A digest of rules and tables, not of comments. Caches are keyed by it."""
     programs = [ast.dump(ast.parse((folder / name).read_text("utf-8"))).encode()
                 for name in ("text.py", "reports.py")]
     tables = [table.read_bytes() for table in sorted(folder.glob("vocabulary_*.csv"))]

@@ -4,14 +4,11 @@
     python train.py                                            # --data synthetic: CPU, minutes
     python train.py --max-steps 60                             # a minute
 
-Everything random about a step (dropout, drawn negatives) is a function of (seed, step, part of the
-batch), the order of the images one of (seed, epoch), their augmentation one of (seed, epoch, row).
-So a resumed run repeats an uninterrupted one (on a CPU to the last bit), and two processes repeat
-one with `--accumulate 2`.
-
+Dropout and drawn negatives depend on (seed, step, part of the batch) alone, the order of the images
+on (seed, epoch), their augmentation on (seed, epoch, row). So a resumed run repeats an
+uninterrupted one (on a CPU to the last bit), and two processes repeat one with `--accumulate 2`.
 RECIPES has a row where paper, released code and this project differ; `--recipe` takes a column.
 """
-import argparse
 import json
 import math
 import signal
@@ -22,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -55,18 +51,18 @@ PAPER = dict(  # Table II and Sec. III-B; the released augmentation
     alpha=1.0, beta=1.0, crop=0.2, augment_ops=2, queries="published", pathologies=75, anatomies=51,
     text_encoder=CLINICAL_BERT, streams="dual", contrast="prototype",
     separate=0.0, accumulate=1, hold_out="", seed=0, out_dir="out", log_every=20, save_every=1000)
-SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores
+SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a mean over 500 cells, a
+    # few of them positive: with beta 1 it is learned too slowly
     epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.6, backbone="small", image_size=64, dim=96,
-    layers=2, dropout=0.0, position="sincos", crop=0.8, augment_ops=0, queries="corpus",
-    text_encoder="hashing",
-    beta=10.0)  # ICL is a mean over 500 cells, a few of them positive: 1 learns it too slowly
-ROCO = PAPER | dict(  # real figures with their captions on one CPU core
+    layers=2, dropout=0.0, position="sincos", beta=10.0, crop=0.8, augment_ops=0, queries="corpus",
+    text_encoder="hashing")
+ROCO = PAPER | dict(  # figures and captions on one CPU core; with alpha 1 ProtoCL is nine tenths
+    # of the loss, and existence is not learned
     epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, backbone="resnet18",
-    image_size=96, layers=1, dropout=0.0, crop=0.5, augment_ops=0, queries="corpus",
-    text_encoder="hashing", pathologies=16, anatomies=24,
-    alpha=0.1)  # with 1 ProtoCL is nine tenths of the loss, and existence is not learned
-FREE = {"resume", "max_steps", "out_dir", "root", "cache_dir", "workers", "device", "log_every",
-        "save_every", "accumulate", "compile"}  # the flags that --resume may change
+    image_size=96, layers=1, dropout=0.0, alpha=0.1, crop=0.5, augment_ops=0, queries="corpus",
+    text_encoder="hashing", pathologies=16, anatomies=24)
+FREE = ("resume max_steps out_dir root cache_dir workers device log_every save_every accumulate "
+        "compile").split()  # the flags that --resume may change
 
 
 def parse_args(argv=None):
@@ -103,7 +99,7 @@ def parse_args(argv=None):
     g.add_argument("--existence", choices=["evidence", "embedding"], help="embedding: the paper's")
     g.add_argument("--unmentioned", choices=["negative", "ignore"], help="what reports do not say")
     g.add_argument("--flip", choices=["swap", "none", "naive"], help="naive: sides not exchanged")
-    g = p.add_argument_group("optimisation")
+    g = p.add_argument_group("augmentation, optimisation, run")
     g.add_argument("--crop", type=number(float, 0.01, 1), help="smallest area of the random crop")
     g.add_argument("--augment-ops", type=number(int, 0), help="operations per image (paper: 2)")
     g.add_argument("--epochs", type=number(int, 1))
@@ -116,34 +112,33 @@ def parse_args(argv=None):
     g.add_argument("--weight-decay", type=number(float, 0))
     g.add_argument("--decay", choices=["matrices", "all"], help="what weight decay acts on")
     g.add_argument("--clip", type=number(float, 1e-6), help="largest gradient norm; inf: no limit")
-    g = p.add_argument_group("run")
     g.add_argument("--out-dir", metavar="DIR")
     g.add_argument("--resume", action="store_true", help="go on from <out-dir>/ckpt.pt")
     g.add_argument("--seed", type=number(int, 0))
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], help="auto: see cli.pick_amp")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
-    g.add_argument("--log-every", type=number(int, 1), metavar="STEPS")
-    g.add_argument("--save-every", type=number(int, 1), metavar="STEPS", help="beside epoch ends")
+    g.add_argument("--log-every", type=number(int, 1), help="steps")
+    g.add_argument("--save-every", type=number(int, 1), help="steps, beside the end of each epoch")
     return p.parse_args(argv)
 
 
-def resolve(given, saved):
-    """Flags given, else the resumed run's, else recipe and preset -> Namespace."""
-    flags = {k: v for k, v in vars(given).items() if v is not None}
+def resolve(args, saved):
+    """Fills in `args`: flags given, else the resumed run's, else recipe and preset."""
+    flags = {k: v for k, v in vars(args).items() if v is not None}
     for k, v in flags.items():
         if k in saved and k not in FREE and saved[k] != v:
             raise InputError(f"--resume cannot change --{k.replace('_', '-')} from {saved[k]} to "
                              f"{v}; leave it out, or start anew in another --out-dir")
     data, recipe = flags.get("data", "synthetic"), flags.get("recipe", "ours")
-    defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER)
     column = ["paper", "released", "ours"].index(recipe)
-    defaults = defaults | {flag: values[column] for flag, values in RECIPES.items()}
-    defaults |= {"data": data, "recipe": recipe}
-    if recipe != "ours":
+    defaults = {"data": data, "recipe": recipe,
+                **{"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER),
+                **{flag: values[column] for flag, values in RECIPES.items()}}
+    if recipe != "ours":  # no weights of a preset
         defaults |= {"alpha": 1.0, "beta": 1.0}
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
-    args = argparse.Namespace(**vars(given) | defaults | kept | flags)
+    vars(args).update(defaults | kept | flags)
     if args.streams == "single":  # no anatomy stream for ICL or the swap loss
         args.beta, args.separate = 0.0, 0.0
     if args.dim % args.heads:
@@ -176,13 +171,12 @@ def build_queries(table, args):
             raise InputError(f"--hold-out {name} is no query; they are {', '.join(pathologies)}")
         pathologies.remove(name)
     book = read_pathology_book(args.pathology_book) if args.pathology_book else None
-    queries = {"encoder": args.text_encoder}
-    for kind, names, prompts in (
-            ("pathology", pathologies, pathology_prompts(pathologies, book)),
-            ("anatomy", anatomies, anatomy_prompts(anatomies, args.place_words == "published"))):
-        queries[kind] = {"names": names, "prompts": prompts,
-                         "text": encode_text(prompts, args.text_encoder)}
-    return queries
+    p_prompts = pathology_prompts(pathologies, book)
+    a_prompts = anatomy_prompts(anatomies, published=args.place_words == "published")
+    p_text, a_text = (encode_text(x, args.text_encoder) for x in (p_prompts, a_prompts))
+    return {"encoder": args.text_encoder,
+            "pathology": {"names": pathologies, "prompts": p_prompts, "text": p_text},
+            "anatomy": {"names": anatomies, "prompts": a_prompts, "text": a_text}}
 
 
 def build_model(queries, table, rows, args):
@@ -199,11 +193,10 @@ def build_model(queries, table, rows, args):
         return model
     existence = torch.from_numpy(table.existence(
         rows[:2000], queries["pathology"]["names"], queries["anatomy"]["names"]))  # [2000,n,m]
-    rates = []
-    for labels in image_labels(existence):
-        known = (labels >= 0) | (args.unmentioned == "negative")
-        rate = (labels[known] == 1).float().mean().nan_to_num(0.5)  # NaN: nothing is stated
-        rates.append(rate.clamp(0.001, 0.999).item())
+    if args.unmentioned == "negative":
+        existence = existence.clamp(min=0)
+    rates = [((labels == 1).sum() / (labels >= 0).sum().clamp(min=1)).clamp(0.001, 0.999).item()
+             for labels in image_labels(existence)]
     model.start_from(text, *rates)
     return model
 
@@ -258,25 +251,25 @@ def main(args):
 
     # ---- data and queries: the first process prepares, the others find it done
     if rank > 0:
-        dist.barrier()
+        torch.distributed.barrier()
     table = load_from_args(args, args.image_size)
     if not table.has_reports:
-        raise InputError(f"{args.data} has no reports to learn from; take it for evaluate.py or "
-                         "finetune.py")
+        raise InputError(f"{args.data} has no reports to learn from; see --data and --triplets")
     queries = saved.get("queries") or build_queries(table, args)
     if world > 1 and rank == 0:
-        dist.barrier()
+        torch.distributed.barrier()
+    pathologies, anatomies = queries["pathology"]["names"], queries["anatomy"]["names"]
     pathology_text = queries["pathology"]["text"].to(device)                    # [m,T]
     anatomy_text = queries["anatomy"]["text"].to(device)                        # [n,T]
-    batches = Batches(table, table.rows("train"), args.batch_size, args.seed,
-                      queries["pathology"]["names"], queries["anatomy"]["names"], args.image_size,
-                      args.crop, args.augment_ops, args.flip, args.hold_out.split(","), rank, world)
+    batches = Batches(table, table.rows("train"), args.batch_size, args.seed, pathologies,
+                      anatomies, args.image_size, args.crop, args.augment_ops, args.flip,
+                      args.hold_out.split(","), rank, world)
     per_epoch = len(batches)
     total = min(args.epochs * per_epoch, args.max_steps or math.inf)
 
     # ---- model and optimizer; raw_model stays bare for saving and evaluation
-    raw_model = build_model(queries, table, batches.rows, args)
-    raw_model = raw_model.to(device, memory_format=torch.channels_last)
+    raw_model = build_model(queries, table, batches.rows, args).to(
+        device, memory_format=torch.channels_last)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world > 1:
         model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
@@ -296,11 +289,10 @@ def main(args):
     if rank == 0:
         log = open_log(out_dir / "log.jsonl", step)
         print("  ".join(f"{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
-        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {len(pathology_text)} "
-              f"pathologies, {len(anatomy_text)} anatomies; {len(batches.rows)} images in "
+        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {len(pathologies)} "
+              f"pathologies, {len(anatomies)} anatomies; {len(batches.rows)} images in "
               f"{per_epoch} steps per epoch; batch {args.batch_size} = {world} processes x "
-              f"{args.accumulate} parts x {args.batch_size // world // args.accumulate}; {device}, "
-              f"{amp or torch.float32} ({why})")
+              f"{args.accumulate} parts; {device}, {amp or torch.float32} ({why})")
 
     def write_log(**numbers):  # JSON knows no NaN
         log.write(json.dumps({k: v for k, v in numbers.items() if math.isfinite(v)}) + "\n")
@@ -336,7 +328,7 @@ def main(args):
         last = done or bool(stop)
         if world > 1:
             flag = torch.tensor(float(last))
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            torch.distributed.all_reduce(flag)
             last = flag.item() > 0
         epoch_done = step > start and step % per_epoch == 0
         if rank == 0 and (epoch_done or (done and step > start)):
@@ -385,7 +377,7 @@ def main(args):
 
         if step % args.log_every == 0 or step == total:  # reading a number off the GPU waits for it
             if world > 1:
-                dist.all_reduce(losses)
+                torch.distributed.all_reduce(losses)
             loss, exist, proto, icl = (losses / world).tolist()
             if not math.isfinite(loss):
                 stop_at("the loss is")
@@ -401,7 +393,7 @@ def main(args):
         print(f"{'done' if done else 'stopped'} at step {step}: {out_dir}/ckpt.pt; the best "
               f"validation AUROC, {best['auroc']:.4f}, is that of {out_dir}/best.pt")
     if world > 1:
-        dist.destroy_process_group()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

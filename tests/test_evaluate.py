@@ -15,7 +15,6 @@ import torch
 from sklearn.metrics import f1_score, roc_auc_score
 
 import evaluate
-import predict
 import text
 from cli import InputError
 from conftest import ROOT
@@ -136,7 +135,7 @@ def test_pairs_without_icl_by_pencil():
     model = SimpleNamespace(config=SimpleNamespace(streams="dual"), args={"beta": 0})
     z = torch.tensor([[[3.0, 1.0]]]).log()
     out = SimpleNamespace(pathology_logits=torch.zeros(1, 1), pathology_z=z)
-    pairs = predict.pairs_of(model, out, torch.eye(2))[2]
+    pairs = evaluate.pairs_of(model, out, torch.eye(2))[2]
     assert pairs[0, :, 0].tolist() == pytest.approx([3 / 8, 1 / 8])
 
 

@@ -39,9 +39,8 @@ def test_scores_are_scikit_learns():
 
 def test_the_bootstrap_redraws_whole_patients():
     """Of two patients with two films each: the sum of 10 10 1 1 is 40, 22 or 4."""
-    films = np.array([10, 10, 1, 1])
-    sums = metrics.bootstrap(lambda _, v: v.sum(), films, films, groups=["a", "a", "b", "b"])
-    assert set(sums) == {40, 22, 4}
+    films, patients = np.array([10, 10, 1, 1]), ["a", "a", "b", "b"]
+    assert {*metrics.bootstrap(lambda _, v: v.sum(), films, films, groups=patients)} == {40, 22, 4}
     assert metrics.central(np.array([0.0, 2.0, np.nan])) == pytest.approx((0.05, 1.95))
     assert metrics.bootstrap_ci(metrics.auroc, np.ones(5, int), np.arange(5)) == (None, None)
 

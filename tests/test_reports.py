@@ -1,0 +1,150 @@
+"""What reports.py reads is what a radiologist wrote: cases that a pencil can check.
+
+    python -m pytest tests/test_reports.py
+
+Proved here: sentences with all that they say; which parts of a page are read; that a comment
+leaves the key of the rules alone; the score on real reports, where those are at hand.
+"""
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+import reports
+from reports import extract_triplets, rules_key, sections, sentences
+from text import ANATOMIES, PATHOLOGIES, existence_matrix
+
+ROOT = Path(__file__).parent.parent
+OPENI = ROOT.parent / "shared/real/openi"
+MEANING = {"+": 1, "-": 0, "?": -1}
+# a sentence | all that it says: + present, - denied, ? in doubt; a finding and its places
+SAID = """
+Small left pleural effusion. | +effusion left_pleural
+No pneumothorax. | -pneumothorax unspecified
+The heart is not enlarged. | -enlarge heart_size, -cardiomegaly heart_size
+Heart size is normal. | +normal heart_size, -cardiomegaly heart_size
+The lungs are expanded and clear. | +expand lung_volumes, +clear lung_volumes
+Left lower lobe consolidation. | +consolidation lower_left_lobe
+Patchy opacity at the base of the left lung. | +opacity left_lower_lung
+In the right upper lobe, there is a mass. | +mass upper_right_lobe
+Lingular atelectasis. | +atelectasis upper_left_lobe
+Basilar atelectasis on the left. | +atelectasis left_lower_lung
+The left costophrenic angle is blunted. | +blunt left_costophrenic
+Right PICC with its tip in the SVC. | +picc right_lung_unspec, +tip svc
+Chest radiograph showing a right-sided pleural effusion (arrow). | +effusion right_pleural
+Bibasilar atelectasis. | +atelectasis left_lower_lung right_lower_lung lung_bases
+Effusions, left greater than right. | +effusion left_pleural right_pleural pleural_unspec
+Left and right apical mass. | +mass left_apical_lung right_apical_lung lung_apices
+Bilateral elevation of the diaphragm. | +elevation left_diaphragm right_diaphragm diaphragm_unspec
+Masses at both hila. | +mass left_hilar right_hilar hilar_unspec
+Bilateral perihilar edema. | +edema hilar_unspec
+Displaced left and right rib fractures. | +fracture rib
+Right middle and lower lobe opacities. | +opacity middle_right_lobe lower_right_lobe
+Opacities in the left lower and right mid lung. | +opacity left_lower_lung right_mid_lung
+Mass in left mid lung, left hilum, right apex. | +mass left_mid_lung left_hilar right_apical_lung
+Atelectasis or scar in the left base. | +atelectasis left_lower_lung, +scar left_lower_lung
+Left effusion and adjacent atelectasis. | +effusion left_pleural, +atelectasis left_lung_unspec
+Left base opacity, right effusion. | +opacity left_lower_lung, +effusion right_pleural
+No pneumonia or rib fracture. | -pneumonia unspecified, -fracture rib
+No evidence of endotracheal tube or elevation of the hemidiaphragm. | -tube trachea, \
+-elevation diaphragm_unspec
+No effusion, mild scarring in the left base. | -effusion pleural_unspec, +scar left_lower_lung
+No mass, heart normal. | -mass unspecified, +normal heart_size, -cardiomegaly heart_size
+No mass is seen and the heart is large. | -mass unspecified, +cardiomegaly heart_size
+No mass, large effusion, or edema. | -mass unspecified, -effusion pleural_unspec, -edema pulmonary
+No edema but small right effusion. | -edema pulmonary, +effusion right_pleural
+Pneumothorax is not seen, effusion is. | -pneumothorax unspecified, +effusion pleural_unspec
+No change in the right pleural effusion. | +effusion right_pleural
+The left effusion has resolved. | -effusion left_pleural
+Vascular engorgement is within normal limits. | -engorgement pulmonary, -congestion pulmonary
+Left base opacity may be pneumonia. | +opacity left_lower_lung, ?pneumonia left_lower_lung
+Left base opacity, likely pneumonia. | +opacity left_lower_lung, ?pneumonia left_lower_lung
+Pneumonia is likely. | ?pneumonia unspecified
+Probable pneumonia. | +pneumonia unspecified
+Pneumonia cannot be excluded. | ?pneumonia unspecified
+Nodular opacity in the left upper lung. | +opacity left_upper_lung
+Calcified granuloma in the left lung. | +granuloma left_lung_unspec
+No XXXX mass, no ___ nodule. | -mass unspecified, -nodule unspecified
+"""
+CASES = [line.split(" | ") for line in SAID.strip().split("\n")]
+PAGE = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+ \n INDICATION:  ___F with new onset ascites  // eval for infection
+ \n FINDINGS: \n \n There is no focal consolidation, pleural effusion or
+ pneumothorax.  The heart is enlarged.
+ \n IMPRESSION: \n \n 1.  No acute cardiopulmonary process.
+ 2.  Cardiomegaly, 2.5 cm more than on ___.
+"""
+
+
+@pytest.mark.parametrize("sentence, said", CASES)
+def test_a_sentence_and_all_that_it_says(sentence, said):
+    expected = {(words.split()[0][1:], place, MEANING[words[0]])
+                for words in said.split(", ") for place in words.split()[1:]}
+    assert {triplet[:3] for triplet in extract_triplets(sentence, buckets=False)} == expected
+
+
+@pytest.mark.parametrize("header, name", [
+    ("IMPRESSION", "impression"), ("CONCLUSION", "impression"), ("IMPRESSON", "impression"),
+    ("FINDINGS AND IMPRESSION", "impression"), ("FINDINGS", "findings"), ("Findings", "findings"),
+    ("PA AND LATERAL CHEST RADIOGRAPH", "findings"), ("CHEST, TWO VIEWS", "findings"),
+    ("COMPARISON", "comparison"), ("WET READ", "wet read"), ("REASON FOR EXAM", "reason for exam")])
+def test_headers_in_all_spellings(header, name):
+    assert sections(f" {header}:  Clear lungs.\n")[name].strip() == "Clear lungs."
+
+
+@pytest.mark.parametrize("report, said", [
+    (PAGE, ["There is no focal consolidation, pleural effusion or pneumothorax.",
+            "The heart is enlarged.", "No acute cardiopulmonary process.",
+            "Cardiomegaly, 2.5 cm more than on ___."]),
+    (" IMPRESSION: Edema.\n \n IMPRESSION: No edema.\n \n FINDINGS: \n \n", ["No edema."]),
+    (" FINAL REPORT\n HISTORY:  Mass.\n \n Effusion.\n It is new.\n \n No edema.\n",
+     ["Effusion.", "It is new.", "No edema."]),
+    ("  FINAL REPORT\n CHEST PNEUMONIA\n \n Small mass.\n", ["Small mass."]),
+    (" INDICATION: Pneumonia.\n COMPARISON: None.\n", []),
+    (" ADDENDUM  No edema.\n ______________\n FINDINGS: Edema.\n", ["Edema."]),
+    ("COMPARISON: None. INDICATION: Mass. FINDINGS: No edema.", ["No edema."]),
+    (" FINDINGS:\n HEART: Large.\n \n LUNGS: Clear.", ["HEART: Large.", "LUNGS: Clear."]),
+    ("1. No mass. 2) A 2.5 cm\nnodule.", ["No mass.", "A 2.5 cm nodule."]), ("", [])])
+def test_which_sentences_of_a_report_are_read(report, said):
+    assert sentences(report) == said
+
+
+def test_the_order_of_sentences_does_not_matter_and_a_denial_hides_nothing():
+    def matrix(*said):
+        return existence_matrix(extract_triplets(" ".join(said)), PATHOLOGIES, ANATOMIES)
+    said = [sentence for sentence, _ in CASES]
+    once, more = matrix(*said), matrix(*said, "No effusion, nodule, mass or scar.")
+    assert (matrix(*reversed(said)) == once).all()
+    assert (more[once == 1] == 1).all() and (more >= once).all()
+
+
+def test_the_tables_know_the_vocabulary_and_buckets_take_the_rest():
+    assert set(PATHOLOGIES) - set(reports.FINDINGS) == {"free", "tail_abnorm_obs", "excluded_obs"}
+    named = {row["name"] for row in reports.PHRASES.values() if row["kind"] == "finding"}
+    assert named == set(reports.FINDINGS)
+    assert extract_triplets("Small granuloma.") == [
+        ("tail_abnorm_obs", "unspecified", 1, "Small granuloma.")]
+
+
+def test_a_comment_changes_no_key_but_a_rule_or_a_word_does(tmp_path):
+    for path in [*ROOT.glob("vocabulary_*.csv"), ROOT / "text.py", ROOT / "reports.py"]:
+        shutil.copy(path, tmp_path)
+    for name, line, same in (("reports.py", "# why\n", True), ("reports.py", "A = 1\n", False),
+                             ("vocabulary_words.csv", "pus,finding,effusion\n", False)):
+        key = rules_key(tmp_path)
+        with open(tmp_path / name, "a") as file:
+            file.write(line)
+        assert (rules_key(tmp_path) == key) == same
+
+
+@pytest.mark.skipif(not OPENI.is_dir(), reason="half of the Open-i reports is not there")
+def test_the_score_on_real_reports_and_the_speed(capsys):
+    start = time.process_time()
+    reports.main(reports.parse_args(["--root", str(OPENI)]))
+    assert time.process_time() - start < 10  # 1 s on one core: 1,976 reports, and their files
+    printed = capsys.readouterr().out
+    assert float(re.search(r"macro avg +\S+ +\S+ +(\S+)", printed)[1]) >= 0.925
+    assert float(re.search(r"side right in (\S+)", printed)[1]) >= 0.925
