@@ -33,14 +33,17 @@ class World(NamedTuple):
     contrast: float    # of lesions; with 1 they are learned to near perfection
     growth: float      # of large hearts and raised diaphragms
     alike: float       # 0: each look its own; 1: the patches look alike, nodule and mass as well
-    left_out: float    # share of findings that the report does not mention
-    hedged: float      # share of findings in the lung that it only suspects
+    left_out: float    # share of pathologies that the report does not mention
+    hedged: float      # share of pathologies in the lung that it only suspects
     splits: tuple      # train, validate and test patients of ten
     held_out: set      # findings that only test films have
 
 
-WORLDS = {"easy": World(0.85, 1.0, 0.0, 0.07, 0.03, (8, 1, 1), set()),
-          "hard": World(0.65, 0.8, 0.5, 0.20, 0.05, (4, 1, 5), HELD_OUT)}
+WORLDS = {
+    "easy": World(contrast=0.85, growth=1.0, alike=0.0, left_out=0.07, hedged=0.03,
+                  splits=(8, 1, 1), held_out=set()),
+    "hard": World(contrast=0.65, growth=0.8, alike=0.5, left_out=0.20, hedged=0.05,
+                  splits=(4, 1, 5), held_out=HELD_OUT)}
 
 # ------------------------------------------------------------------------------ the healthy chest
 
@@ -146,14 +149,22 @@ class Chest:
 # ------------------------------------------------------------------------------------------ looks
 # A look takes (chest, pathology, anatomy, random numbers), returns the change of the film [S,S].
 
-PATCHES = {  # strength and radius from .. to; softness and raggedness of the edge; mottling;
-    # straightness of the lower edge, as where a fissure holds a consolidation back
-    "consolidation": (0.38, 0.46, 0.22, 0.28, 0.5, 0.2, 0.0, 1.0),
-    "opacity": (0.22, 0.27, 0.24, 0.31, 1.2, 0.2, 0.0, 0.0),
-    "pneumonia": (0.30, 0.36, 0.22, 0.29, 0.6, 0.2, 1.2, 0.0)}
+# Traits of lesions: strength from .. to, radius from .. to, softness and raggedness of the edge,
+# mottling, oblongness, straightness of the lower edge (a fissure holds a consolidation back)
+PATCHES = {
+    "consolidation": (0.38, 0.46, 0.22, 0.28, 0.5, 0.2, 0.0, 0.2, 1.0),
+    "opacity": (0.22, 0.27, 0.24, 0.31, 1.2, 0.2, 0.0, 0.2, 0.0),
+    "pneumonia": (0.30, 0.36, 0.22, 0.29, 0.6, 0.2, 1.2, 0.2, 0.0)}
 BALLS = {
-    "nodule": (0.44, 0.52, 0.115, 0.145, 0.35, 0.0, 0.0, 0.0),
-    "mass": (0.38, 0.46, 0.19, 0.25, 0.35, 0.2, 0.0, 0.0)}
+    "nodule": (0.44, 0.52, 0.115, 0.145, 0.35, 0.0, 0.0, 0.0, 0.0),
+    "mass": (0.38, 0.46, 0.19, 0.25, 0.35, 0.2, 0.0, 0.0, 0.0)}
+
+
+def traits(pathology, alike):
+    """Its row, moved towards the mean of its table by `alike`."""
+    table = PATCHES if pathology in PATCHES else BALLS
+    own, mean = np.array(table[pathology]), np.mean(list(table.values()), axis=0)
+    return (own + alike * (mean - own)).tolist()
 
 
 def in_lung(c, side, density):
@@ -175,11 +186,10 @@ def place_lesion(c, side, place, radius):
 
 
 def draw_lesion(c, pathology, anatomy, rng):
-    """A patch or a ball: its row of traits, moved towards their mean by the world's `alike`."""
+    """A patch or a ball."""
     side, _, place = anatomy.partition("_")
-    table, oblong = (PATCHES, 0.2) if pathology in PATCHES else (BALLS, 0)
-    own, mean = np.array(table[pathology]), np.mean(list(table.values()), axis=0)
-    low, high, small, large, soft, ragged, mottling, straight = own + c.world.alike * (mean - own)
+    low, high, small, large, soft, ragged, mottling, oblong, straight = traits(
+        pathology, c.world.alike)
     radius = rng.uniform(small, large)
     x, y = place_lesion(c, side, place, radius)
     wide, tall = radius * (1 + 0.25 * straight), radius * rng.uniform(1 - oblong, 1 + oblong)
@@ -233,7 +243,7 @@ def draw_fracture(c, pathology, anatomy, rng):
     """Both fragments are bright, the outer one a step lower, and the gap between them is dark."""
     sign, x, rib = rng.choice((1, -1)), rng.uniform(0.38, 0.60), rng.choice((-2, -1, 0, 1))
     along, phase = c.x * sign - x, c.rib_phase - rib              # outwards; 0 on the rib, 1 = next
-    bone = ramp(0.24 - np.abs(phase - 0.4 * (along > 0)), 0.2)
+    bone = ramp(0.24 - np.abs(np.where(along > 0, phase - 0.4, phase)), 0.2)
     gap = ramp(0.03 - np.abs(along), c.soft) * (np.abs(phase - 0.2) < 0.5)
     y = (rib - c.rib_start) * 0.2 + 0.33 * x**2
     near = ramp(1 - ellipse(c, sign * x, y, 0.22, 0.17), 0.3)

@@ -85,11 +85,16 @@ class Table:
         return np.stack([existence_matrix(self.cells(i), pathologies, anatomies) for i in rows])
 
     def truth(self, rows, pathologies, anatomies):
-        """int8 [B,n,m] of what phantom.py drew (1) and did not (0); None for real data."""
+        """int8 [B,n,m] of what phantom.py drew (1) and did not (0); None for real data. -1 at names
+        that are never drawn: a report says "intact", or "both lung bases" for two places."""
         if self.dataset != "synthetic":
             return None
-        return np.stack([existence_matrix(self.drawn[i], pathologies, anatomies, blank=0)
-                         for i in rows])
+        truth = np.stack([existence_matrix(self.drawn[i], pathologies, anatomies, blank=0)
+                          for i in rows])                                       # [B,n,m]
+        drawn = {name for triplets in self.drawn for t in triplets for name in t[:2]}
+        truth[:, [name not in drawn for name in anatomies]] = -1
+        truth[:, :, [name not in drawn for name in pathologies]] = -1
+        return truth
 
     def label_from_reports(self, least=10):
         """Labels of a data set that has none: each pathology that at least ten test reports assert;

@@ -3,110 +3,89 @@
     from metrics import classification_scores, grounding_scores, relation_scores
     python -m pytest tests/test_metrics.py    # each of them on cases that a pencil can check
 
-Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds. Differs
-from the released code: a map is divided by its own maximum (released: that of its batch), and its
-cells are drawn where the backbone looks (`upsample_map`).
+Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds.
+Differs from the released code: a map is divided by its own maximum, there by that of its batch.
 """
 import numpy as np
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import distance_transform_edt, map_coordinates
 from scipy.stats import rankdata
-from sklearn.metrics import (accuracy_score, average_precision_score, f1_score,
-                             precision_recall_curve, roc_auc_score)
+from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
 
 
 def mean_or_none(values):  # None: nothing counts for this score
     return float(np.mean(values)) if len(values) else None
 
 
-def best_f1_threshold(labels, scores):
-    """The t at which `scores >= t` has the highest F1; labels [N] in {1,0}, scores [N]."""
-    precision, recall, thresholds = precision_recall_curve(labels, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-    return float(thresholds[np.argmax(f1[:-1])])  # the last point has no threshold
-
-
-def classification_scores(labels, scores, threshold=None, names=None):
-    """AUROC, average precision, and F1 and accuracy of `scores >= threshold`.
-
-    labels and scores [N] or [N,L]. threshold: one number, or one per label; None takes the one of
-    highest F1 on these very labels. [N,L] gives the means over the classes that some images show
-    and some do not, and `per_class` {name: {...}}.
-    """
-    labels, scores = np.asarray(labels), np.asarray(scores, float)
-    if labels.ndim == 2:
-        names = range(labels.shape[1]) if names is None else names
-        each = threshold if np.ndim(threshold) else [threshold] * len(names)
-        per_class = {str(name): classification_scores(labels[:, k], scores[:, k], each[k])
-                     for k, name in enumerate(names)}
-        mixed = [c for c in per_class.values() if c["auroc"] is not None]
-        macro = {key: mean_or_none([c[key] for c in mixed]) for key in ("auroc", "ap", "f1", "acc")}
-        return {**macro, "threshold": {name: c["threshold"] for name, c in per_class.items()},
-                "n": len(labels), "per_class": per_class}
-    labels, scores = labels[labels >= 0], scores[labels >= 0]
-    counts = {"n_pos": int(labels.sum()), "n": len(labels)}
-    if counts["n_pos"] in (0, len(labels)):
-        return {"auroc": None, "ap": None, "f1": None, "acc": None, "threshold": None, **counts}
-    threshold = best_f1_threshold(labels, scores) if threshold is None else float(threshold)
-    found = scores >= threshold
-    return {"auroc": float(roc_auc_score(labels, scores)),
-            "ap": float(average_precision_score(labels, scores)),
-            "f1": float(f1_score(labels, found, zero_division=0)),
-            "acc": float(accuracy_score(labels, found)), "threshold": threshold, **counts}
-
-
 def auroc(labels, scores):
     """AUROC of [N] from the ranks of the positives (Mann and Whitney); nan without both kinds.
     roc_auc_score gives the same in 3 to 14 times the time, and a bootstrap asks 10,000 times."""
     labels, scores = labels[labels >= 0], scores[labels >= 0]
-    positives, negatives = int((labels == 1).sum()), int((labels == 0).sum())
-    if positives == 0 or negatives == 0:
-        return np.nan
-    rank_sum = rankdata(scores)[labels == 1].sum()
-    return (rank_sum - positives * (positives + 1) / 2) / (positives * negatives)
+    n_pos, n_neg = int((labels == 1).sum()), int((labels == 0).sum())
+    rank_sum = rankdata(scores)[labels == 1].sum() - n_pos * (n_pos + 1) / 2
+    return float(rank_sum / (n_pos * n_neg)) if n_pos and n_neg else np.nan
 
 
-def class_aurocs(labels, scores):
-    """[L+1]: the AUROC of each class of [N,L], and last their mean."""
-    each = np.array([auroc(label, score) for label, score in zip(labels.T, scores.T)])
-    known = each[~np.isnan(each)]
-    return np.append(each, known.mean() if len(known) else np.nan)
-
-
-def bootstrap(metric, labels, scores, n=1000, seed=0, groups=None):
-    """metric(labels, scores) on n resamples -> [n,...]. Whole groups (patients) are redrawn, as two
-    films of one patient are alike."""
-    groups = np.arange(len(labels)) if groups is None else groups
-    names, group = np.unique(groups, return_inverse=True)
-    rng, values = np.random.default_rng(seed), []
-    for _ in range(n):
-        counts = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
-        rows = np.repeat(np.arange(len(labels)), counts[group])
-        values.append(metric(labels[rows], scores[rows]))
-    return np.array(values, float)
-
-
-def central(values):
-    """(low, high): the central 95 % of values [n] that are known; (None, None) if none is."""
-    values = values[~np.isnan(values)]
-    return tuple(np.percentile(values, [2.5, 97.5]).tolist()) if len(values) else (None, None)
+def classification_scores(labels, scores, threshold=None, names=None):
+    """AUROC, average precision, and F1 and accuracy of `scores >= threshold` (one number, or one
+    per label; None: the one of highest F1 on these very labels) of [N], or `per_class` of [N,L]
+    with the means over the classes that some images show and some do not."""
+    labels, scores = np.asarray(labels), np.asarray(scores, float)
+    if labels.ndim == 2:
+        names = range(labels.shape[1]) if names is None else names
+        each = np.broadcast_to(threshold, len(names))
+        per_class = {str(name): classification_scores(labels[:, k], scores[:, k], each[k])
+                     for k, name in enumerate(names)}
+        result = {"threshold": {name: c["threshold"] for name, c in per_class.items()},
+                  "n": len(labels), "per_class": per_class}
+        for key in ("auroc", "ap", "f1", "acc"):
+            result[key] = mean_or_none([c[key] for c in per_class.values() if c[key] is not None])
+        return result
+    labels, scores = labels[labels >= 0], scores[labels >= 0]
+    counts = {"n_pos": int(labels.sum()), "n": len(labels)}
+    if counts["n_pos"] in (0, len(labels)):
+        return {"auroc": None, "ap": None, "f1": None, "acc": None, "threshold": None, **counts}
+    if threshold is None:
+        precision, recall, thresholds = precision_recall_curve(labels, scores)
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        threshold = thresholds[np.argmax(f1[:-1])]  # the last point has no threshold
+    found = scores >= threshold
+    return {"auroc": auroc(labels, scores), "ap": float(average_precision_score(labels, scores)),
+            "f1": float(f1_score(labels, found, zero_division=0)),
+            "acc": float((found == labels).mean()), "threshold": float(threshold), **counts}
 
 
 def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
-    """(low, high) of metric(labels, scores), one number such as `auroc`, over n resamples."""
-    return central(bootstrap(metric, np.asarray(labels), np.asarray(scores), n, seed, groups))
+    """(low, high): the central 95 % of metric(labels, scores) on n resamples, (None, None) without
+    an answer; a list of them if the metric gives several numbers."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    # whole groups (patients) are redrawn, as two films of one patient are alike
+    names, group = np.unique(range(len(labels)) if groups is None else groups, return_inverse=True)
+    rng, values, intervals = np.random.default_rng(seed), [], []
+    for _ in range(n):
+        counts = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
+        rows = np.repeat(np.arange(len(labels)), counts[group])
+        values.append(np.array(metric(labels[rows], scores[rows]), float))
+    for column in np.reshape(values, (n, -1)).T:
+        known = column[~np.isnan(column)]
+        intervals.append(tuple(np.percentile(known, [2.5, 97.5])) if len(known) else (None, None))
+    return intervals if values[0].ndim else intervals[0]
 
 
 def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
     """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
     `customary` the same at the thresholds that are best on these very labels."""
+    def aurocs(labels, scores):  # of each class, and last their mean
+        each = np.array([auroc(*pair) for pair in zip(labels.T, scores.T)])
+        return [*each, mean_or_none(each[~np.isnan(each)])]
     result = classification_scores(labels, scores, thresholds, names)
-    resampled = bootstrap(class_aurocs, labels, scores, n, seed, groups)        # [n,L+1]
-    for k, block in enumerate([*result["per_class"].values(), result]):
-        block["auroc_ci95"] = central(resampled[:, k])
+    intervals = bootstrap_ci(aurocs, labels, scores, n, seed, groups)           # [L+1]
+    for block, interval in zip([*result["per_class"].values(), result], intervals):
+        block["auroc_ci95"] = interval
     return {**result, "customary": classification_scores(labels, scores, None, names)}
 
 
 POINTING = ("pointing_game", "pointing_within_cell", "pointing_released")
+SCORES = (*POINTING, "iou", "dice")
 THRESHOLDS = np.linspace(0, 0.98, 50)  # shares of a map's maximum
 
 
@@ -118,28 +97,20 @@ def nearest(array, height, width):
 
 
 def upsample_map(attention, height, width, size=None, centres=(0.0, None)):
-    """A map [h,w] -> [height,width], bilinear between the points that the cells look at.
-
-    size is the network's input in pixels, centres its `model.cell_centres()`: cell i looks at input
-    pixel offset + stride * i. Without them it looks at pixel i * height / h, as a ResNet's does.
-    """
-    def weights(cells, length):                                                 # [length,cells]
-        offset, stride = centres
+    """A map [h,w] -> [height,width], bilinear between the points that its cells look at: `centres`
+    (offset, stride) of an input of `size` pixels, else pixel i * height / h, as a ResNet's do."""
+    at = []
+    for cells, length in zip(attention.shape, (height, width)):
         pixels = size or length
-        at = (np.arange(length) + 0.5) * pixels / length - 0.5                  # in input pixels
-        at = np.clip((at - offset) / (stride or pixels / cells), 0, cells - 1)  # in cells
-        return np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells)))
-
-    return weights(len(attention), height) @ attention @ weights(len(attention[0]), width).T
+        middles = (np.arange(length) + 0.5) * pixels / length - 0.5  # in input pixels
+        at.append((middles - centres[0]) / (centres[1] or pixels / cells))  # in cells
+    return map_coordinates(attention, np.meshgrid(*at, indexing="ij"), order=1, mode="nearest")
 
 
 def dice_scores(heat, mask, thresholds):
     """[K]: the Dice of mask [H,W], which is not empty, with the region heat / its maximum > t."""
-    heat, scores = heat / max(heat.max(), 1e-12), []
-    for threshold in thresholds:
-        region = heat > threshold
-        scores.append(2 * (region & mask).sum() / (region.sum() + mask.sum()))
-    return np.array(scores)
+    regions = [heat / max(heat.max(), 1e-12) > threshold for threshold in thresholds]
+    return np.array([2 * (region & mask).sum() / (region.sum() + mask.sum()) for region in regions])
 
 
 def best_dice_threshold(heats, masks):
@@ -148,22 +119,11 @@ def best_dice_threshold(heats, masks):
     return float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
 
 
-def fixed_answer(masks):
-    """What can be said without a look at the film: (the mean mask [H,W], its best threshold)."""
-    mean = np.mean(masks, axis=0)
-    return mean, best_dice_threshold([mean] * len(masks), masks)
-
-
 def hit_regions(mask, h, w):
-    """{rule: bool [H,W]}: where a point is a hit on mask [H,W], of a map with h x w cells.
-
-    pointing_game         in the mask
-    pointing_within_cell  at most one cell from it
-    pointing_released     in a cell whose block has any pixel of the mask
-    """
-    height, width = mask.shape
-    distance = distance_transform_edt(~mask, sampling=(h / height, w / width))  # in cells
-    number = nearest(np.arange(h * w).reshape(h, w), height, width)     # the cell of each pixel
+    """{rule: bool [H,W]}: where a point is a hit on mask [H,W], of a map with h x w cells: in the
+    mask; at most one cell from it; in a cell whose block has any pixel of the mask."""
+    distance = distance_transform_edt(~mask, (h / mask.shape[0], w / mask.shape[1]))  # in cells
+    number = nearest(np.arange(h * w).reshape(h, w), *mask.shape)  # the cell of each pixel
     return dict(zip(POINTING, (mask, distance <= 1, np.isin(number, number[mask]))))
 
 
@@ -175,29 +135,27 @@ def points_at(heat, regions):
 def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)):
     """Pointing by three rules, IoU and Dice of what exceeds `threshold` of a map's maximum: means
     over maps [h,w] and their masks [H,W], without the empty masks. The rest: `upsample_map`."""
-    each = []
+    each = {key: [] for key in SCORES}
     for cells, mask in zip(attention, masks):
         cells, mask = np.asarray(cells, float), np.asarray(mask) > 0
         if mask.any():
             regions = hit_regions(mask, *cells.shape)
             heat = upsample_map(cells, *mask.shape, size, centres)
-            scores = points_at(heat, regions)
+            dice = float(dice_scores(heat, mask, [threshold])[0])
+            scores = {**points_at(heat, regions), "iou": dice / (2 - dice), "dice": dice}
             # as released, the whole block of the highest cell points
             blocks = points_at(nearest(cells, *mask.shape), regions)
             scores["pointing_released"] = blocks["pointing_released"]
-            dice = float(dice_scores(heat, mask, [threshold])[0])
-            each.append({**scores, "iou": dice / (2 - dice), "dice": dice})
-    means = {key: mean_or_none([e[key] for e in each]) for key in (*POINTING, "iou", "dice")}
-    return {**means, "threshold": threshold, "n": len(each)}
+            for key in SCORES:
+                each[key].append(scores[key])
+    means = {key: mean_or_none(values) for key, values in each.items()}
+    return {**means, "threshold": threshold, "n": len(each["dice"])}
 
 
 def place_scores(truth, scores, counted=True):
-    """At which of the places that occur is a finding? truth, scores [N,n,m] (n anatomies, m
-    pathologies); counted bool [N,m]: the findings that count.
-
-    top1: of the findings in a film, the share with a true place as their best. recall: of the k
-    places of a finding at several, the share among its k highest; chance: the same at random.
-    """
+    """At which of the places that occur is a finding? truth, scores [N,n,m]; counted bool [N,m].
+    top1: of the findings that count, the share with a true place as their best. recall: of the k
+    places of a finding at several, the share among its k highest; chance: the same at random."""
     occurs = (truth == 1).any((0, 2))                                           # [n]
     places, scores = truth[:, occurs] == 1, scores[:, occurs]
     count = places.sum(1) * counted                                             # [N,m] k
@@ -210,19 +168,15 @@ def place_scores(truth, scores, counted=True):
 
 
 def relation_scores(truth, scores, mirror, least=5):
-    """How scores [N,n,m] find the pairs of truth [N,n,m]; mirror [n]: each anatomy's partner on
-    the other side, or itself.
-
-    auroc, ap: all cells pooled. cell_auroc: mean over the cells with at least `least` films of
-    either kind. side: of the pairs whose mirror image is absent, the share that scores above it.
-    """
+    """How scores [N,n,m] find the pairs of truth [N,n,m]; mirror [n]: each anatomy's partner on the
+    other side, or itself. auroc, ap: all cells pooled. cell_auroc: mean over cells with `least`
+    films of either kind. side: share of the pairs that score above their absent mirror image."""
     present = truth == 1                                                        # [N,n,m]
     pooled = classification_scores(truth.ravel(), scores.ravel(), threshold=0.5)
     kinds = np.minimum(present.sum(0), (truth == 0).sum(0))                     # [n,m]
     cells = [auroc(truth[:, i, j], scores[:, i, j]) for i, j in np.argwhere(kinds >= least)]
-    has_side = mirror != np.arange(len(mirror))                                 # [n]
-    sided = present & ~present[:, mirror] & has_side[:, None]
-    side = (scores > scores[:, mirror])[sided]
+    has_side = (mirror != np.arange(len(mirror)))[:, None]                      # [n,1]
+    side = (scores > scores[:, mirror])[present & ~present[:, mirror] & has_side]
     return {"auroc": pooled["auroc"], "ap": pooled["ap"], "cell_auroc": mean_or_none(cells),
             "side": mean_or_none(side), "top1": place_scores(truth, scores)["top1"],
             "n": len(truth), "n_cells": len(cells), "n_sided": len(side)}
@@ -230,20 +184,17 @@ def relation_scores(truth, scores, mirror, least=5):
 
 def scores_apart(truth, in_train, existence, pairs, places):
     """Scores of findings at cells that no training film has (held_out), and at the other cells of
-    the same pathologies (seen); {} without such cells. in_train bool [n,m]; existence [N,m]; pairs
-    and places like truth [N,n,m]. auroc: of existence, against films without the pathology.
-    """
+    the same pathologies (seen); {} without such cells. in_train bool [n,m]; existence [N,m]; the
+    others [N,n,m]. auroc: of existence, against films without the pathology."""
     present, scores = truth == 1, {}
     held_out = present.any(0) & ~in_train                                       # [n,m]
     asked = held_out.any(0)                                                     # [m]
-    if not asked.any():
-        return scores
     for key, cells in (("held_out", held_out), ("seen", in_train & asked)):
-        only = (present & cells).any(1) & ~(present & ~cells).any(1)            # [N,m]
-        labels = np.where(only, 1, np.where(present.any(1), -1, 0))             # [N,m]
-        films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
-        pooled = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
-        top1 = place_scores(truth, places, only)["top1"]
-        scores[key] = {"auroc": films["auroc"], "relation_ap": pooled["ap"], "place_top1": top1,
-                       "n": int(only.sum())}
+        if asked.any():
+            only = (present & cells).any(1) & ~(present & ~cells).any(1)        # [N,m]
+            labels = np.where(only, 1, np.where(present.any(1), -1, 0))         # [N,m]
+            films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
+            pair = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
+            scores[key] = {"auroc": films["auroc"], "relation_ap": pair["ap"], "n": int(only.sum()),
+                           "place_top1": place_scores(truth, places, only)["top1"]}
     return scores

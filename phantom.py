@@ -13,12 +13,13 @@ import functools
 import math
 import os
 import textwrap
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm.contrib.concurrent import process_map
+from tqdm import tqdm
 
 from chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
 from cli import InputError, Parser, cores, number, run
@@ -154,7 +155,7 @@ def say(rng, key, film, found):
         left = first.box[0] + first.box[2] / 2 > film.size / 2
     text = rng.choice(PHRASES[key]).format(
         name=first.pathology, side="left" if left else "right", where=place_words(rng, found),
-        zone=first.anatomy.split("_")[-2:][0], amount=rng.choice(PHRASES["amount"]))
+        zone=first.anatomy.removesuffix("_lung").split("_")[-1], amount=rng.choice(PHRASES["amount"]))
     return text[0].upper() + text[1:]
 
 
@@ -237,7 +238,7 @@ def lay_out(sections):
     return " " * 33 + "FINAL REPORT\n" + "\n \n".join(paragraphs) + "\n"
 
 
-# ------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------ films
 
 def bounding_box(mask):
     """(x, y, width, height) in pixels, inside the film, no side below 6 of 64 pixels."""
@@ -248,12 +249,17 @@ def bounding_box(mask):
     return min(max(x, 0), size - width), min(max(y, 0), size - height), width, height
 
 
-def draw_one(film):
-    """Choose a film's findings, draw it, dictate its report, write its files."""
+def make(film):
+    """Choose a film's findings, draw it, dictate its report: (image, masks, lungs) of draw_film."""
     image, masks, lungs = draw_film(film.seed, choose_findings(film), film.size, film.world)
     film.findings = [Finding(*finding, bounding_box(mask), mask if film.keep_masks else None)
                      for finding, mask in masks.items()]
     dictate(film)
+    return image, masks, lungs
+
+
+def make_and_save(film):
+    image, masks, lungs = make(film)
     for path in (film.image, film.bits, film.lungs):
         if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -278,10 +284,13 @@ def draw_one(film):
 def draw(films, workers):
     """The films, drawn and written, in their order."""
     if workers == 1 or len(films) < 32:  # starting processes would take longer
-        return [draw_one(film) for film in films]
-    return process_map(draw_one, films, max_workers=workers, chunksize=16, desc="drawing",
-                       unit=" films", disable=len(films) < 1000)
+        return [make_and_save(film) for film in films]
+    with ProcessPoolExecutor(workers) as pool:
+        drawn = pool.map(make_and_save, films, chunksize=16)
+        return list(tqdm(drawn, "drawing", len(films), unit=" films", disable=len(films) < 1000))
 
+
+# ---------------------------------------------------------------------------------------- folders
 
 LAYOUTS = {name: module for name, module in FORMATS.items() if name != "synthetic"}
 

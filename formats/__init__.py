@@ -3,14 +3,14 @@
     python phantom.py --layout nih --root /tmp/nih --count 20 --size 64    # write
     python data.py --dataset nih --root /tmp/nih --check                   # read, list the problems
 
-For a new data set copy the file of the one most like it. Each has NAME; GET, where to get it;
-FILES, label files of which one lies at its root; SHARES of train and validate where the publisher
-has no such split; VIEWS, "all" or "frontal"; LABELS; SIZE, pixels a side of a phantom; and
-    read(root, views, labels) -> (label names, [Item], problems)   opens no image; problems are
-                                 (kind, what) of what cannot be used, and the rest is read
+Each has NAME; GET, where to get it; FILES, of which one lies at its root; SHARES of train and
+validate where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; and
+    read(root, views, labels) -> (label names, [Item], [(kind, what) of each problem])
     write(root, films, draw)     names each film's files, has them drawn, writes the label files
 """
+import contextlib
 import csv
+import glob
 import gzip
 import io
 import os
@@ -32,14 +32,11 @@ PATHOLOGY = {name.capitalize(): name for name in PATHOLOGIES} | {  # label: name
 PATHOLOGY |= {name: name for name in PATHOLOGIES}
 
 
-class Mask(NamedTuple):
-    """Where a label is. kind "file": an image of the whole film, above 127; "bit": bit `place` of
-    a PNG; "rle": SIIM's text; "crop": an image of the part `place` of the film (x, y, width,
-    height in fractions), any channel above 0. source is the path, or the text."""
+class Mask(NamedTuple):  # where a label is
     label: str
-    kind: str
-    source: str
-    place: object = None
+    kind: str             # "file", "bit", "crop" or "rle": see images.read_mask
+    source: str           # path of an image; "rle": SIIM's text
+    place: object = None  # number of the bit; (x, y, width, height) of the crop in fractions
 
 
 class Item(NamedTuple):
@@ -57,6 +54,15 @@ class Item(NamedTuple):
     absent: tuple = None  # labels looked for and not there; None: every label without a mask
 
 
+@contextlib.contextmanager
+def skip_if_bad(problems, where):
+    """Around what is made of one row: a bad row is counted as a problem, the next one follows."""
+    try:
+        yield
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, SyntaxError) as error:  # of XML
+        problems.append(("unreadable-label", f"{where} ({error})"))
+
+
 def find(root, *names):
     """Path of the first of `names` (* allowed) in `root`, plain, .gz or .zip; else None."""
     for name in names:
@@ -66,55 +72,39 @@ def find(root, *names):
     return None
 
 
-def csv_rows(path, *needed):
-    """Yield the rows of a csv as dicts, names and cells stripped; a missing cell is "".
-
-    No rows if path is None. InputError if a needed column is missing or the file is damaged.
-    """
+def csv_rows(path):
+    """Yield the rows of a csv as dicts, names and cells stripped; none if path is None."""
     if path is None:
         return
     try:
         if path.suffix == ".zip":
-            archive = zipfile.ZipFile(path)
-            raw = archive.open(archive.namelist()[0])
+            raw = next(zipfile.Path(path).iterdir()).open("rb")
         else:
             raw = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
         with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
             rows = csv.reader(file)
             header = [name.strip() for name in next(rows, [])]
-            for name in needed:
-                if name not in header:
-                    raise InputError(f"{path} has no column {name!r}; it has {', '.join(header)}")
             for cells in filter(None, rows):
-                cells += [""] * (len(header) - len(cells))
+                cells += [""] * (len(header) - len(cells))  # a row may be cut off
                 yield dict(zip(header, map(str.strip, cells)))
-    except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
-def text_lines(path):
-    """The lines of a text file that are not empty, stripped; none if path is None."""
-    lines = path.read_text("utf-8", "replace").split("\n") if path else []
-    return [line.strip() for line in lines if line.strip()]
-
-
 def paths_by_stem(root):
-    """{file name without its ending: path relative to root} of the images below root, not masks."""
+    """{file name without its ending: path relative to root} of all images below root."""
     found = {}
-    for folder, _, names in sorted(os.walk(root, followlinks=True)):
-        if os.path.basename(folder) in ("masks", "png_masks"):
-            continue
-        for name in sorted(names):
-            stem, ending = os.path.splitext(name)
-            if ending.lower() in (".jpg", ".jpeg", ".png", ".dcm"):
-                found.setdefault(stem, os.path.relpath(os.path.join(folder, name), root))
+    for path in sorted(glob.glob("**/*.*", root_dir=root, recursive=True)):
+        stem, ending = os.path.splitext(os.path.basename(path))
+        if ending.lower() in (".jpg", ".jpeg", ".png", ".dcm"):
+            found.setdefault(stem, path)
     return found
 
 
 def box(label, sides, width, height):
     """(label, x, y, width, height) in fractions of a frame. ValueError if `sides` are no box."""
-    x, y, w, h, width, height = map(float, (*sides, width, height))
-    if not (x >= 0 and y >= 0 and w > 0 and h > 0 and width > 0 and height > 0):  # or it is nan
+    x, y, w, h = map(float, sides)
+    if not (x >= 0 and y >= 0 and w > 0 and h > 0):  # also if one is nan
         raise ValueError(f"no box: {sides}")
     return label, x / width, y / height, w / width, h / height
 
@@ -127,7 +117,6 @@ def write_text(path, text):
 
 
 def write_csv(path, header, rows):
-    """`header` is the first line, verbatim."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(path, f"{header}\n{text.getvalue()}")

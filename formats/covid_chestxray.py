@@ -14,7 +14,7 @@ split. The masks are large, so a fixed box scores well: compare with the trivial
 import collections
 from pathlib import Path
 
-from formats import Item, Mask, csv_rows, find, write_csv
+from formats import Item, Mask, csv_rows, find, skip_if_bad, write_csv
 
 NAME = "covid-chestxray-dataset"
 FILES = ("metadata.csv",)
@@ -26,70 +26,63 @@ CLASSES = {  # class of such a mask: label
     "COVID-19 Ground Glass Opacities": "opacity", "COVID-19 Consolidation": "consolidation",
     "COVID-19 Left Lung": "lung", "COVID-19 Right Lung": "lung",
     "COVID-19 Cardiomediastinum": "heart"}
-COLUMNS = ("patientid", "finding", "view", "modality", "filename", "clinical_notes")
 
 
 def radiologists_masks(root, problems):
     """{file stem: [Mask]} of every image that radiologists drew on."""
     masks = collections.defaultdict(list)
     folder = MASKS if Path(root, MASKS).is_dir() else f"../{MASKS}"
-    for row in csv_rows(find(Path(root, folder), "structure.csv"), "Class", "Filename", "Mask",
-                        "Resolution", "Top", "Left", "Width", "Height"):
+    for row in csv_rows(find(Path(root, folder), "structure.csv")):
         found, label = masks[Path(row["Filename"]).stem], CLASSES.get(row["Class"])
-        try:
+        with skip_if_bad(problems, f"structure.csv: {row['Filename']}"):
             width, height = map(int, row["Resolution"].split("x"))
             place = (int(row["Left"]) / width, int(row["Top"]) / height,
                      int(row["Width"]) / width, int(row["Height"]) / height)
-        except (ValueError, ZeroDivisionError):
-            problems.append(("unreadable-label", f"structure.csv: {row['Filename']}"))
-            continue
-        if label:
-            found.append(Mask(label, "crop", f"{folder}/{row['Mask']}", place))
+            if label:  # only the name of a mask counts: it must not lead out of the folder
+                path = f"{folder}/masks/{Path(row['Mask']).name}"
+                found.append(Mask(label, "crop", path, place))
     return masks
 
 
 def read(root, views, labels):
     items, problems = [], []
-    lungs = {path.name for path in Path(root, "annotations/lungVAE-masks").glob("*_mask.png")}
     drawn = radiologists_masks(root, problems)
-    for row in csv_rows(find(root, *FILES), *COLUMNS):
+    for row in csv_rows(find(root, *FILES)):
         name, stem, finding = row["filename"], Path(row["filename"]).stem, row["finding"].lower()
         frontal = row["view"] in ("PA", "AP", "AP Supine")
         if row["modality"] != "X-ray" or not (frontal or views == "all"):
             continue
-        if not name or finding in ("", "todo", "unknown"):
-            problems.append(("unreadable-label", f"{name}: finding {row['finding']!r}"))
-            continue
-        healthy = finding == "no finding"
-        # ARDS names a course of illness; every other entry of this collection is a pneumonia
-        values = int("covid-19" in finding), int(not healthy and finding != "ards"), int(healthy)
-        item = Item(name, f"images/{name}", row["patientid"], "", values,
-                    note=row["clinical_notes"])
-        if stem in drawn:
-            seen = {mask.label for mask in drawn[stem]}
-            absent = tuple(label for label in ("consolidation", "opacity") if label not in seen)
-            item = item._replace(masks=tuple(drawn[stem]), absent=absent)
-        elif f"{stem}_mask.png" in lungs:  # nobody looked for anything else
-            mask = Mask("lung", "file", f"annotations/lungVAE-masks/{stem}_mask.png")
-            item = item._replace(masks=(mask,), absent=())
-        items.append(item)
+        with skip_if_bad(problems, name):
+            if not name or finding in ("", "todo", "unknown"):
+                raise ValueError(f"finding {finding!r}")
+            # ARDS names a course of illness; every other entry of this collection is a pneumonia
+            values = (int("covid-19" in finding), int(finding not in ("no finding", "ards")),
+                      int(finding == "no finding"))
+            lungs = f"annotations/lungVAE-masks/{stem}_mask.png"
+            masks, absent = None, None
+            if stem in drawn:
+                masks = tuple(drawn[stem])
+                seen = {mask.label for mask in masks}
+                absent = tuple(label for label in ("consolidation", "opacity") if label not in seen)
+            elif Path(root, lungs).exists():  # nobody looked for anything else
+                masks, absent = (Mask("lung", "file", lungs),), ()
+            items.append(Item(name, f"images/{name}", row["patientid"], "", values,
+                              note=row["clinical_notes"], masks=masks, absent=absent))
     return LABELS, items, problems
 
 
 def write(root, films, draw):
-    """The tree of June 2020, with lung masks of every other image."""
+    """With lung masks of every other image."""
     for f in films:
         f.among, f.sure = ["pneumonia"], ("covid-19", 0.6)
-        stem, ending = f"phantom-{f.patient}-{f.visit}", ("jpeg", "png", "jpg")[f.index % 3]
-        f.image = f"{root}/images/{stem}.{ending}"
+        f.image = f"{root}/images/phantom-{f.patient}-{f.visit}.png"
         if f.index % 2 == 0:
-            f.lungs = f"{root}/annotations/lungVAE-masks/{stem}_mask.png"
+            f.lungs = f"{root}/annotations/lungVAE-masks/phantom-{f.patient}-{f.visit}_mask.png"
     rows = []
     for f in draw(films):
         drawn = {found.pathology for found in f.findings}
-        finding = "Pneumonia" if drawn else "No Finding"
-        if "covid-19" in drawn:
-            finding = "COVID-19, ARDS" if f.patient % 9 == 0 else "COVID-19"
-        said = [f.sections[part] for part in ("FINDINGS", "IMPRESSION") if part in f.sections]
-        rows.append((f.patient + 1, finding, f.view, "X-ray", Path(f.image).name, " ".join(said)))
-    write_csv(f"{root}/metadata.csv", ",".join(COLUMNS), rows)
+        finding = "/".join(sorted(drawn)) or "No Finding"
+        said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
+        rows.append((f.patient + 1, finding, f.view, "X-ray", Path(f.image).name, said))
+    write_csv(f"{root}/metadata.csv", "patientid,finding,view,modality,filename,clinical_notes",
+              rows)

@@ -4,6 +4,7 @@
     pixels = read_image("chest.dcm")          # uint8 [H,W], bright is dense
 """
 import os
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -14,13 +15,12 @@ def read_image(path, size=None):
     if path.lower().endswith((".dcm", ".dicom")):
         image = Image.fromarray(read_dicom(path))
     else:
-        with Image.open(path) as image:
-            if size:  # a JPEG decodes straight to the smallest eighth that is still >= size
-                image.draft("L", (size, size))
-            image.load()
+        image = Image.open(path)
+        if size:  # a JPEG decodes straight to the smallest eighth that is still >= size
+            image.draft("L", (size, size))
         if image.mode.startswith(("I", "F")):  # 16 bits or more
             image = Image.fromarray(to_bytes(np.asarray(image)))
-        image = image.convert("L")
+    image = image.convert("L")
     if size:
         image = image.resize((size, size), Image.Resampling.BILINEAR)  # Pillow's is antialiased
     return np.asarray(image)
@@ -28,20 +28,12 @@ def read_image(path, size=None):
 
 def read_dicom(path):
     """uint8 [H,W] of a DICOM file: rescaled, windowed, inverted where it is MONOCHROME1."""
-    import pydicom
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut
-    file = pydicom.dcmread(path)
-    pixels = file.pixel_array
-    if file.get("SamplesPerPixel", 1) == 3:
-        pixels = pixels.mean(-1)
-    elif pixels.ndim == 3:  # several frames
-        pixels = pixels[0]
-    pixels = apply_modality_lut(pixels, file)
-    if "WindowCenter" in file or "VOILUTSequence" in file:
-        pixels = apply_voi_lut(pixels, file)
+    from pydicom import dcmread, pixels as luts
+    file = dcmread(path)
+    pixels = luts.apply_voi_lut(luts.apply_modality_lut(file.pixel_array, file), file)
     if pixels.dtype != np.uint8:
         pixels = to_bytes(pixels)
-    return 255 - pixels if file.get("PhotometricInterpretation") == "MONOCHROME1" else pixels
+    return 255 - pixels if file.PhotometricInterpretation == "MONOCHROME1" else pixels
 
 
 def to_bytes(pixels):
@@ -53,15 +45,14 @@ def to_bytes(pixels):
 
 def trouble(path):
     """In one word why a file cannot be used."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         return "missing"
-    if not os.path.isfile(path) or not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK):
         return "unreadable"
-    with open(path, "rb") as file:
-        head = file.read(40)
-    if not head:
-        return "empty"
-    return "git-lfs pointer" if head.startswith(b"version https://git-lfs") else "corrupt"
+    head = Path(path).read_bytes()[:40]
+    if head.startswith(b"version https://git-lfs"):
+        return "git-lfs pointer"
+    return "corrupt" if head else "empty"
 
 
 def read_mask(root, mask):
@@ -73,23 +64,18 @@ def read_mask(root, mask):
         return read_image(path) > 127
     if mask.kind == "bit":
         return (read_image(path) >> mask.place) & 1 > 0
-    with Image.open(path) as image:  # "crop": a part of the film, drawn in any colour on black
-        part = np.asarray(image.convert("RGB")).max(-1) > 0                     # [h,w]
+    # "crop": a part of the film, drawn in any colour on black
+    part = Image.fromarray(np.asarray(Image.open(path).convert("RGB")).max(-1) > 0)
     x, y, width, height = mask.place
-    film = np.zeros((round(part.shape[0] / height), round(part.shape[1] / width)), bool)
-    top, left = round(y * len(film)), round(x * film.shape[1])
-    inside = film[top:top + part.shape[0], left:left + part.shape[1]]  # rounding may cut one pixel
-    inside |= part[:inside.shape[0], :inside.shape[1]]
-    return film
+    film = Image.new("1", (round(part.width / width), round(part.height / height)))
+    film.paste(part, (round(x * film.width), round(y * film.height)))
+    return np.asarray(film)
 
 
 def decode_rle(rle, size=1024):
-    """SIIM's text -> bool [1024,1024]: pairs (gap since the last run, length of this run), column
-    by column from the top left."""
-    numbers = [int(number) for number in rle.split()]
-    flat, position = np.zeros(size * size, bool), 0
-    for gap, length in zip(numbers[::2], numbers[1::2]):
-        position += gap
-        flat[position:position + length] = True
-        position += length
+    """SIIM's text, pairs of a gap and the length of a run down the columns -> bool [1024,1024]."""
+    edges = np.cumsum([int(number) for number in rle.split()])  # start, end, start, end, ...
+    flat = np.zeros(size * size, bool)
+    for start, end in edges.reshape(-1, 2):
+        flat[start:end] = True
     return flat.reshape(size, size).T

@@ -21,57 +21,45 @@ FORMATS = {"synthetic": mimic, "mimic": mimic, "nih": nih, "rsna": rsna, "siim":
 def find_root(dataset, root):
     """`root`, or the one folder in it that an archive unpacked into, by the label file it holds."""
     source, root = FORMATS[dataset], Path(root)
-    below = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    for folder in [root, *below]:
+    for folder in [root, *sorted(root.glob("*/"))]:
         if find(folder, *source.FILES):
             return str(folder)
     layout = "mimic" if dataset == "synthetic" else dataset
     raise InputError(f"no {source.NAME} data at {root}: looked for {' or '.join(source.FILES)} "
                      f"there and one folder down. Get it: {source.GET}; or rehearse: python "
-                     f"phantom.py --layout {layout} --root {root} --count 200; or take the "
-                     "synthetic data: python train.py --data synthetic")
-
-
-def leads_out(path):
-    """Whether a path of a label file leaves the root; masks may lie in one folder beside it."""
-    parts = path.removeprefix(f"../{covid_chestxray.MASKS}/").replace("\\", "/").split("/")
-    return os.path.isabs(path) or ".." in parts
+                     f"phantom.py --layout {layout} --root {root} --count 200")
 
 
 def read_items(dataset, root, views, labels):
     """(label names, items, problems) of a data set as downloaded; no image is opened here."""
     try:
         names, items, problems = FORMATS[dataset].read(root, views, labels)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
-        raise InputError(f"{root}: a label file holds what it should not ({error!r}); download it "
-                         "again") from None
-    kept, seen = [], set()
+    except (KeyError, ValueError, TypeError, IndexError, OSError) as error:
+        raise InputError(f"{root}: a label file lacks a column or is damaged ({error!r})") from None
+    kept = {}
     for item in items:
-        # ids and paths come from csv files of strangers: none may lead out of the data root
-        paths = [item.path, item.report] + [m.source for m in item.masks or () if m.kind != "rle"]
-        if any(leads_out(path) for path in paths):
+        # made of names in strangers' csv files, as the paths of reports and masks are
+        if os.path.isabs(item.path) or ".." in Path(item.path).parts:
             problems.append(("outside the root", item.path))
-        elif item.id in seen:
+        elif item.id in kept:
             problems.append(("duplicate row", item.id))
         else:
-            seen.add(item.id)
-            kept.append(item)
+            kept[item.id] = item
     if not kept:
-        raise InputError(f"{root}: label files without one usable row; {len(problems)} problems, "
-                         f"the first: {problems[:1]}")
-    return names, kept, problems
+        raise InputError(f"{root}: no usable row; the first problem: {problems[:1]}")
+    return names, list(kept.values()), problems
 
 
-GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0,
-          "Consolidation": 0}  # what GLoRIA and MGCA make of an uncertain label
+# what GLoRIA and MGCA make of an uncertain label
+GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0, "Consolidation": 0}
 
 
 def settle_labels(items, names, uncertain):
     """int8 [N,L] in 1, 0, -1 unknown. Blank counts as absent, as is customary."""
     labels = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
-    doubtful, blank = labels == -1, labels == BLANK
+    doubtful = labels == -1                                                     # [N,L]
     labels[labels == UNKNOWN] = -1
-    labels[blank] = 0
+    labels[labels == BLANK] = 0
     for column, name in enumerate(names):
         value = {"ignore": -1, "zeros": 0, "ones": 1, "gloria": GLORIA.get(name, -1)}[uncertain]
         labels[doubtful[:, column], column] = value
@@ -79,8 +67,8 @@ def settle_labels(items, names, uncertain):
 
 
 def draw_split(patient, train, validate):
-    """train, validate or test for a patient, from a hash of the id alone: everybody gets the same,
-    whatever part of the data set they have and in whatever order."""
+    """train, validate or test, from a hash of the patient's id: the same for everybody, whatever
+    part of the data set they have."""
     digest = hashlib.sha256(f"0/{patient}".encode()).digest()
     u = int.from_bytes(digest[:8], "big") / 2**64
     if u < train:
@@ -92,15 +80,14 @@ def settle_splits(items, shares):
     """(array of each item's split, how it was made): the publisher's where there is one, else by
     patient. A missing validation part is carved out of the publisher's training patients."""
     train, validate = shares
-    given = {item.split for item in items}
-    if given == {""}:
+    splits, source = [item.split for item in items], "the publisher's"
+    if not any(splits):
         splits = [draw_split(item.patient, train, validate) for item in items]
         source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
-    elif "validate" in given:
-        splits, source = [item.split for item in items], "the publisher's"
-    else:
+    elif "validate" not in splits:
         share = validate / (train + validate)
-        splits = [draw_split(item.patient, 1 - share, share) if item.split == "train"
-                  else item.split for item in items]
-        source = f"the publisher's, and {share:.0%} of its training patients to validate"
+        for i, item in enumerate(items):
+            if item.split == "train":
+                splits[i] = draw_split(item.patient, 1 - share, share)
+        source += f", and {share:.0%} of its training patients to validate"
     return np.array(splits, dtype="<U8"), source

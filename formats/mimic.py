@@ -8,15 +8,15 @@
     mimic-cxr-2.1.0-test-set-labeled.csv                study_id, 14 labels of 687 test studies
     boxes.csv  masks/<dicom_id>.png                     where each finding is: phantoms only
 
---labels chexpert and negbio were read from the reports, manual are radiologists', drawn are the
-pathologies in boxes.csv. Release 2.1.0 keeps the old file names, but says Airspace Opacity.
+--labels chexpert and negbio were read from the reports, manual are radiologists', drawn are those
+of boxes.csv. Release 2.1.0 keeps the old file names; its test set says Airspace Opacity.
 """
 import collections
 
 import numpy as np
 
 from cli import InputError
-from formats import UNKNOWN, Item, Mask, box, csv_rows, find, write_csv
+from formats import UNKNOWN, Item, Mask, box, csv_rows, find, skip_if_bad, write_csv
 from formats.chexpert import LABELS, label_values, said
 
 NAME = "MIMIC-CXR-JPG"
@@ -27,60 +27,57 @@ SHARES, VIEWS, SIZE = (0.8, 0.1), "all", 64   # the published run took all views
 
 def read_labels(root, labels, problems):
     """{study: its 14 labels} of one label file."""
-    table, values = find(root, f"mimic-cxr-2.0.0-{labels}.csv"), {}
+    name = f"mimic-cxr-2.0.0-{labels}.csv"
     if labels == "manual":
-        table = find(root, "mimic-cxr-2.1.0-test-set-labeled.csv")
-        if table is None:
-            raise InputError(f"{root} lacks mimic-cxr-2.1.0-test-set-labeled.csv")
-    for row in csv_rows(table, "study_id"):
+        name = "mimic-cxr-2.1.0-test-set-labeled.csv"
+    table, values = find(root, name), {}
+    if table is None and labels in ("negbio", "manual"):
+        raise InputError(f"{root} lacks {name}; --labels chexpert needs none")
+    for row in csv_rows(table):
         row.setdefault("Lung Opacity", row.get("Airspace Opacity", ""))
-        try:
+        with skip_if_bad(problems, f"labels of study {row['study_id']}"):
             values[row["study_id"]] = label_values(row)
-        except KeyError as error:
-            problems.append(("unreadable-label", f"study {row['study_id']}: {error}"))
     return values
 
 
 def with_findings(item, rows, width, height):
     """The item with its rows of boxes.csv."""
-    return item._replace(
-        boxes=tuple(box(r["pathology"], (r["x"], r["y"], r["width"], r["height"]), width, height)
-                    for r in rows),
-        masks=tuple(Mask(r["pathology"], "bit", f"masks/{item.id}.png", int(r["finding"]))
-                    for r in rows),
-        truth=tuple((r["pathology"], r["anatomy"]) for r in rows))
+    boxes, masks = [], []
+    for row in rows:
+        sides = row["x"], row["y"], row["width"], row["height"]
+        boxes.append(box(row["pathology"], sides, float(width), float(height)))
+        masks.append(Mask(row["pathology"], "bit", f"masks/{item.id}.png", int(row["finding"])))
+    truth = tuple((row["pathology"], row["anatomy"]) for row in rows)
+    return item._replace(boxes=tuple(boxes), masks=tuple(masks), truth=truth)
 
 
 def read(root, views, labels):
-    items, problems, drawn = [], [], collections.defaultdict(list)  # drawn: rows of boxes.csv
-    for row in csv_rows(find(root, "boxes.csv"), "dicom_id", "finding", "pathology", "anatomy"):
+    items, problems, names = [], [], list(LABELS)
+    findings, drawn = list(csv_rows(find(root, "boxes.csv"))), collections.defaultdict(list)
+    for row in findings:
         drawn[row["dicom_id"]].append(row)
-    frames = {row["dicom_id"]: (row["ViewPosition"], row["Columns"], row["Rows"])
-              for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"),
-                                  "dicom_id", "ViewPosition", "Columns", "Rows")}
-    names, values = list(LABELS), read_labels(root, labels, problems)
     if labels == "drawn":
-        names = sorted({row["pathology"] for rows in drawn.values() for row in rows})
+        names = sorted({row["pathology"] for row in findings})
+    frames = {row["dicom_id"]: (row["ViewPosition"], row["Columns"], row["Rows"])
+              for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"))}
+    values = read_labels(root, labels, problems)
     above = "mimic-cxr-reports/" if find(root, "mimic-cxr-reports") else ""
-    for row in csv_rows(find(root, *FILES), "dicom_id", "study_id", "subject_id", "split"):
+    for row in csv_rows(find(root, *FILES)):
         name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
         folder = f"files/p{patient[:2]}/p{patient}/s{study}"
-        item = Item(name, f"{folder}/{name}.jpg", patient, row["split"],
-                    values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt")
-        try:
+        with skip_if_bad(problems, f"split.csv: {name}"):
             view, width, height = frames[name]
-            if drawn:
-                item = with_findings(item, drawn.get(name, []), width, height)
-        except (KeyError, ValueError) as error:
-            problems.append(("unreadable-label", f"split.csv: {name} ({error})"))
-            continue
-        if labels == "drawn":
-            present = {pathology for pathology, _ in item.truth}
-            item = item._replace(labels=tuple(int(label in present) for label in names))
-        if not study or item.split not in ("train", "validate", "test"):
-            problems.append(("unreadable-label", f"split.csv: {name}, split {item.split!r}"))
-        elif views == "all" or view in ("PA", "AP"):
-            items.append(item)
+            if not study or row["split"] not in ("train", "validate", "test"):
+                raise ValueError(f"split {row['split']!r}")
+            item = Item(name, f"{folder}/{name}.jpg", patient, row["split"],
+                        values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt")
+            if findings:
+                item = with_findings(item, drawn[name], width, height)
+            if labels == "drawn":
+                present = {pathology for pathology, _ in item.truth}
+                item = item._replace(labels=tuple(int(label in present) for label in names))
+            if views == "all" or view in ("PA", "AP"):
+                items.append(item)
     return names, items, problems
 
 
@@ -96,12 +93,10 @@ def write(root, films, draw):
     write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height",
               [(f.uids[0], k, finding.pathology, finding.anatomy, *finding.box)
                for f in films for k, finding in enumerate(f.findings)])
-    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz",
-              "subject_id,study_id," + ",".join(LABELS),
-              [(f.person, f.uids[1], *said(f.mentions).values()) for f in films])
-    write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz",
-              "dicom_id,subject_id,study_id,ViewPosition,Rows,Columns",
-              [(f.uids[0], f.person, f.uids[1], f.view, f.size, f.size) for f in films])
+    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz", "study_id," + ",".join(LABELS),
+              [(f.uids[1], *said(f.mentions).values()) for f in films])
+    write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz", "dicom_id,ViewPosition,Rows,Columns",
+              [(f.uids[0], f.view, f.size, f.size) for f in films])
     # the split file comes last: a folder without it was not finished
     write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split",
               [(*f.uids, f.split) for f in films])

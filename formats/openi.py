@@ -17,7 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from cli import InputError
-from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, write_text
+from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
 
 NAME = "Open-i"
 FILES = ("ecgen-radiology", "indiana_reports.csv", "NLMCXR_reports*.tgz")
@@ -35,61 +35,50 @@ OPENI = {  # label: the index terms that stand for it
 LABELS = list(OPENI)
 
 
-def read_xml(source):
-    """One report, of a path or bytes: dict(id, report, images [file stems], terms)."""
-    try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-        tree = ElementTree.fromstring(content)
-    except (OSError, ElementTree.ParseError) as error:
-        raise InputError(f"{str(source)[:80]} is no report of Open-i ({error})") from None
-    parts = [f"{part.get('Label')}: {part.text}" for part in tree.iter("AbstractText") if part.text]
-    return {"id": "".join(element.get("id") for element in tree.iter("uId")),
-            "report": html.unescape("\n\n".join(parts)),
-            "images": [element.get("id") for element in tree.iter("parentImage")],
-            "terms": [element.text or "" for element in tree.iter("major")]}
-
-
 def xml_files(root):
-    """Yield the path or the content of each XML file of the NLM's."""
-    archive = find(root, "NLMCXR_reports*.tgz")
-    if find(root, "ecgen-radiology") or archive is None:
-        yield from sorted(Path(root, "ecgen-radiology").glob("*.xml"))
+    """Yield the (name, content) of each XML file of the NLM's."""
+    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports*.tgz")
+    if folder:
+        for path in sorted(folder.glob("*.xml")):
+            yield path.name, path.read_bytes()
         return
     try:
         with tarfile.open(archive) as tar:
             for member in tar:
                 if member.name.endswith(".xml"):
-                    yield tar.extractfile(member).read()
+                    yield member.name, tar.extractfile(member).read()
     except (OSError, EOFError, zlib.error, tarfile.TarError) as error:
         raise InputError(f"{archive} is damaged ({error}); download it again") from None
 
 
 def reports(root, problems=None):
-    """Yield read_xml of each report; damaged ones go to `problems`, without it to InputError."""
-    for source in xml_files(root):
-        try:
-            yield read_xml(source)
-        except InputError as error:
-            if problems is None:
-                raise
-            problems.append(("unreadable-label", str(error)))
+    """Yield dict(id, report, images [file stems], terms) of each report of the NLM's."""
+    problems = [] if problems is None else problems
+    for name, content in xml_files(root):
+        with skip_if_bad(problems, name):
+            tree = ElementTree.fromstring(content)
+            parts = [f"{p.get('Label')}: {p.text}" for p in tree.iter("AbstractText") if p.text]
+            yield {"id": "".join(element.get("id") for element in tree.iter("uId")),
+                   "report": html.unescape("\n\n".join(parts)),
+                   "images": [element.get("id") for element in tree.iter("parentImage")],
+                   "terms": [element.text or "" for element in tree.iter("major")]}
 
 
 def kaggle_reports(root, views):
-    """Yield Kaggle's reports in the form of read_xml."""
+    """Yield Kaggle's reports in the form of `reports`."""
     images = collections.defaultdict(list)
-    for row in csv_rows(find(root, "indiana_projections.csv"), "uid", "filename", "projection"):
+    for row in csv_rows(find(root, "indiana_projections.csv")):
         if views == "all" or row["projection"] == "Frontal":
             images[row["uid"]].append(Path(row["filename"]).stem)
-    for row in csv_rows(find(root, "indiana_reports.csv"), "uid", "MeSH", "findings", "impression"):
+    for row in csv_rows(find(root, "indiana_reports.csv")):
         yield {"id": row["uid"], "images": images[row["uid"]], "terms": row["MeSH"].split(";"),
                "report": f"FINDINGS: {row['findings']}\n\nIMPRESSION: {row['impression']}"}
 
 
 def read(root, views, labels):
     items, problems, paths = [], [], paths_by_stem(root)
-    view_of = {row["imageid"]: row["View Position"] or "PA" for row in csv_rows(
-        find(root, "nlmcxr_dicom_metadata.csv"), "imageid", "View Position")}
+    view_of = {row["imageid"]: row["View Position"] or "PA"
+               for row in csv_rows(find(root, "nlmcxr_dicom_metadata.csv"))}
     kaggle = find(root, "indiana_reports.csv")
     for report in kaggle_reports(root, views) if kaggle else reports(root, problems):
         heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}

@@ -7,50 +7,37 @@ state.npy int8 [N] (to do, ready, unusable), and the triplets in cells-<digest>.
 that was killed goes on where it stopped; unusable images are tried again at the next load.
 """
 import array
+import functools
 import hashlib
 import os
 import shutil
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from cli import InputError
+from cli import InputError, atomic
 from formats.images import read_image, trouble
 from formats.triplets import triplet_source
 
+TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
 
-class Mapped(Dataset):
-    """function(item) of each item."""
 
-    def __init__(self, function, items):
-        self.function, self.items = function, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.function(self.items[i])
+def of_each(function, items):
+    return [function(item) for item in items]
 
 
 def in_workers(function, items, workers, title):
     """Yields function(item) of every item, in order, computed by `workers` processes."""
     few = len(items) < 256  # starting processes would take longer
-    loader = DataLoader(Mapped(function, items), batch_size=32, collate_fn=list,
-                        num_workers=0 if few or workers < 2 else workers)
-    bar = tqdm(total=len(items), desc=title, unit=" images", disable=True if few else None)
+    loader = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
+                        collate_fn=functools.partial(of_each, function))
     try:
-        for results in loader:
+        for results in tqdm(loader, title, unit=" images", unit_scale=32, disable=few or None):
             yield from results
-            bar.update(len(results))
     except RuntimeError as error:
         raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); what was finished "
                          "is kept: run again with fewer --workers") from None
-    finally:
-        bar.close()
-
-
-TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
 
 
 class Decode:
@@ -78,26 +65,21 @@ def prepare_images(root, items, folder, size, workers, again=False):
     # written through a file, not through the map, where a full disk would kill the process
     with open(folder / "images.npy", "r+b", buffering=0) as file:
         decoded = in_workers(Decode(root, size), [items[i] for i in rows], workers, "images")
-        for row, (pixels, reason) in zip(rows, decoded):
+        for row, (pixels, reason) in zip(rows.tolist(), decoded):
             if pixels is None:
-                state[row], reasons[int(row)] = UNUSABLE, reason
-                continue
-            file.seek(images.offset + int(row) * size * size)
-            file.write(pixels.tobytes())
-            state[row] = READY
+                state[row], reasons[row] = UNUSABLE, reason
+            else:
+                file.seek(images.offset + row * size * size)
+                file.write(pixels.tobytes())
+                state[row] = READY
     return images, state, reasons
 
 
 def create_arrays(folder, count, size):
-    """Makes the folder with empty arrays. Under a name of its own first: of two processes that
-    start at the same time one renames its folder and the other takes that."""
+    """Makes the folder under a name of its own first: of two processes that start at the same time
+    one renames its folder and the other takes that."""
     draft = folder.with_name(f"{folder.name}.{os.getpid()}")
     draft.mkdir(parents=True)
-    free, need = shutil.disk_usage(draft).free, count * size * size
-    if need > free:
-        draft.rmdir()
-        raise InputError(f"{folder} needs {need / 1e9:.1f} GB and the disk has {free / 1e9:.1f} GB "
-                         "left; --cache-dir DIR puts it elsewhere")
     np.lib.format.open_memmap(draft / "images.npy", "w+", np.uint8, (count, size, size))
     np.save(draft / "state.npy", np.full(count, TO_DO, np.int8))
     try:
@@ -106,13 +88,11 @@ def create_arrays(folder, count, size):
         shutil.rmtree(draft)
 
 
-# ------------------------------------------------------------------------------------------ reports
 def read_cells(root, items, folder, triplets, workers):
     """{"names", "start" [N+1], "cells" int16 [.,3], "read" int8 [N]} of all reports.
 
     Image i has the rows start[i]:start[i+1] of `cells`: (pathology, anatomy, 1 or 0), the first
     two as numbers into `names`. read: 1 if the report gave a triplet, 0 if none, -1 no report.
-    MIMIC's four million triplets take a gigabyte as tuples and 24 MB so.
     """
     source = triplet_source(triplets, root)
     digest = hashlib.sha256(source.key.encode())
@@ -121,22 +101,20 @@ def read_cells(root, items, folder, triplets, workers):
     path = folder / f"cells-{digest.hexdigest()[:12]}.npz"
     if path.exists():
         kept = dict(np.load(path))
-        late = [i for i in np.flatnonzero(kept["read"] < 0)
-                if items[i].report and os.path.exists(os.path.join(root, items[i].report))]
-        if not late:  # else reports were added since: all are read again
-            return kept
-    numbers, flat, counts, read = {}, array.array("h"), [0], []
+        missed = [items[i].report for i in np.flatnonzero(kept["read"] < 0)]
+        if not any(name and os.path.exists(os.path.join(root, name)) for name in missed):
+            return kept  # else reports were added since: all are read again
+    numbers, flat, start, read = {}, array.array("h"), [0], []
     for found in in_workers(source, items, workers, "reports"):
         definite = {t[:3] for t in found or () if t.existence >= 0}
         for pathology, anatomy, existence in sorted(definite):
-            flat.extend((numbers.setdefault(pathology, len(numbers)),
-                         numbers.setdefault(anatomy, len(numbers)), existence))
-        counts.append(len(definite))
+            flat.append(numbers.setdefault(pathology, len(numbers)))
+            flat.append(numbers.setdefault(anatomy, len(numbers)))
+            flat.append(existence)
+        start.append(start[-1] + len(definite))
         read.append(-1 if found is None else int(len(definite) > 0))
-    result = {"names": np.array(list(numbers) or [""]), "start": np.cumsum(counts),
+    result = {"names": np.array(list(numbers) or [""]), "start": np.array(start),
               "cells": np.array(flat, np.int16).reshape(-1, 3), "read": np.array(read, np.int8)}
-    draft = folder / f"{path.name}.{os.getpid()}.tmp"
-    with open(draft, "wb") as file:
+    with atomic(path) as draft, open(draft, "wb") as file:
         np.savez(file, **result)
-    os.replace(draft, path)
     return result

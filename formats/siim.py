@@ -7,14 +7,14 @@
     stage_1_train_images.csv  stage_1_test_images.csv   new_filename,ImageId,has_pneumo
 
 An RLE is pairs: the gap since the last run, the length of this run; it goes down the columns of a
-1024 x 1024 image. Traps: stage 1 has spaces before the second column's name and cells; several
-masks of an image may overlap, they are OR-ed. Only the re-pack has a split; patients are unknown.
+1024 x 1024 image. Several masks of an image are OR-ed. Only the re-pack has a split; patients are
+unknown. Trap: stage 1 has spaces before the second column's name and cells.
 """
 import collections
 
 import numpy as np
 
-from formats import Item, Mask, csv_rows, find, paths_by_stem, write_csv
+from formats import Item, Mask, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
 from formats.rsna import name_films
 
 NAME = "SIIM-ACR Pneumothorax"
@@ -25,45 +25,30 @@ FRAME = 1024
 LABELS = ["Pneumothorax"]
 
 
-def read_pngs(root):
-    """Items of the re-pack."""
-    items = []
-    for part in ("train", "test"):
-        for row in csv_rows(find(root, f"stage_1_{part}_images.csv"),
-                            "new_filename", "ImageId", "has_pneumo"):
-            name, sick = row["new_filename"], row["has_pneumo"] == "1"
-            masks = (Mask(LABELS[0], "file", f"png_masks/{name}"),) if sick else ()
-            items.append(Item(row["ImageId"], f"png_images/{name}", row["ImageId"], part,
-                              (int(sick),), masks=masks))
-    return items
-
-
-def check_rle(rle):
-    """ValueError unless it is pairs of numbers that stay inside the image."""
+def rle_mask(rle):
+    """The Mask of an RLE; ValueError unless it is pairs of numbers that stay inside the image."""
     numbers = [int(number) for number in rle.split()]
     if not numbers or len(numbers) % 2 or min(numbers) < 0 or sum(numbers) > FRAME ** 2:
         raise ValueError(rle)
+    return Mask(LABELS[0], "rle", rle)
 
 
 def read(root, views, labels):
-    items, problems = read_pngs(root), []
-    if items:
-        return LABELS, items, problems
-    paths, rles = paths_by_stem(root), collections.defaultdict(list)
-    for row in csv_rows(find(root, *FILES), "ImageId", "EncodedPixels"):
+    items, problems, paths = [], [], paths_by_stem(root)
+    rles = collections.defaultdict(list)
+    for row in csv_rows(find(root, "stage_2_train.csv", "*train-rle.csv")):
         found = rles[row["ImageId"]]
         if row["EncodedPixels"] != "-1":
             found.append(row["EncodedPixels"])
     for name, found in rles.items():
-        try:
-            for rle in found:
-                check_rle(rle)
-        except ValueError:
-            problems.append(("unreadable-label", f"mask of {name}"))
-            continue
-        items.append(Item(name, paths.get(name, f"dicom-images-train/{name}.dcm"), name, "",
-                          (int(bool(found)),),
-                          masks=tuple(Mask(LABELS[0], "rle", rle) for rle in found)))
+        with skip_if_bad(problems, f"mask of {name}"):
+            items.append(Item(name, paths.get(name, f"{name}.dcm"), name, "", (int(bool(found)),),
+                              masks=tuple(map(rle_mask, found))))
+    for part in ("train", "test"):  # of the re-pack
+        for row in csv_rows(find(root, f"stage_1_{part}_images.csv")):
+            id, name, sick = row["ImageId"], row["new_filename"], row["has_pneumo"] == "1"
+            masks = (Mask(LABELS[0], "file", f"png_masks/{name}"),) if sick else ()
+            items.append(Item(id, f"png_images/{name}", id, part, (int(sick),), masks=masks))
     return LABELS, items, problems
 
 
@@ -76,14 +61,12 @@ def encode(mask):
 
 
 def write(root, films, draw):
-    """Stage 1's tree."""
     name_films(films)
     for f in films:
         f.image = f"{root}/dicom-images-train/{'/'.join(f.uids)}.dcm"
         f.sure, f.keep_masks = ("pneumothorax", 0.2), True
     rows = []
     for f in draw(films):
-        rles = [encode(finding.mask) for finding in f.findings
-                if finding.pathology == "pneumothorax"]
+        rles = [encode(found.mask) for found in f.findings if found.pathology == "pneumothorax"]
         rows += [(f.uids[2], f" {rle}") for rle in rles or ["-1"]]
     write_csv(f"{root}/train-rle.csv", "ImageId, EncodedPixels", rows)

@@ -3,8 +3,7 @@
     from formats.triplets import triplet_source
     source = triplet_source("rules", "data/mimic")    # an Item -> its [Triplet]
 
-A source is called with an Item and returns its [Triplet], or None where there is no report. Its
-`key` tells what the triplets were made from; data.py keeps them under it.
+A source gives the triplets of an Item, None where it has no report; `key` names what they are from.
 """
 import json
 import os
@@ -25,18 +24,14 @@ class Rules:
         self.root, self.key = root, rules_key()
 
     def __call__(self, item):
-        note = item.note
-        if item.report:
-            try:
-                path = Path(self.root, item.report)
-                note = path.read_text("utf-8", "replace")
-            except OSError:
-                return None
+        note, path = item.note, Path(self.root, item.report)
+        if path.is_file():
+            note = path.read_text("utf-8", "replace")
         return extract_triplets(note, buckets=False) if note.strip() else None
 
 
 def stem(path):
-    """The name that a study or an image has in other people's files: p10/p1/s50.txt -> s50."""
+    """The name of a study or an image: p10/p1/s50.txt -> s50."""
     return os.path.basename(path).split(".")[0]
 
 
@@ -53,29 +48,23 @@ class RadGraphFile:
 
 
 class PublishedMatrix:
-    """Triplets from the published landmark_observation_adj_mtx.npy (6.75 GB, memory-mapped) and
-    its train.json. The json's keys are paths on the authors' disks: only the file name counts."""
+    """Triplets from the published matrix (6.75 GB, memory-mapped) and its train.json, whose keys are
+    paths on the authors' disks: only the file name counts."""
 
     def __init__(self, folder):
-        path = Path(folder, "landmark_observation_adj_mtx.npy")
-        self.rows = {}
-        try:
-            self.key = f"{path} {os.path.getmtime(path)}"
-            self.matrix = np.load(path, mmap_mode="r")                          # [reports,n,m]
-            for name in sorted(Path(folder).glob("*.json")):
-                for key, value in json.loads(name.read_text()).items():
-                    self.rows[stem(key)] = int(value["labels_id"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"--triplets {folder}: cannot read the published labels ({error})")
+        path, self.rows = Path(folder, "landmark_observation_adj_mtx.npy"), {}
+        self.key = f"{path} {os.path.getmtime(path)}"
+        self.matrix = np.load(path, mmap_mode="r")                              # [reports,n,m]
+        for name in Path(folder).glob("*.json"):
+            for key, value in json.loads(name.read_text()).items():
+                self.rows[stem(key)] = int(value["labels_id"])
         if self.matrix.shape[1:] != (len(ANATOMIES), len(PATHOLOGIES)) or not self.rows:
-            raise InputError(f"--triplets {folder}: needs train.json and a matrix of (reports, 51, "
-                             f"75), found {self.matrix.shape}")
+            raise ValueError(f"found {len(self.rows)} images and a matrix {self.matrix.shape}")
 
     def __call__(self, item):
-        row = self.rows.get(item.id)
-        if row is None or row >= len(self.matrix):
+        if item.id not in self.rows:
             return None
-        matrix = self.matrix[row]
+        matrix = self.matrix[self.rows[item.id]]                                # [n,m]
         return [Triplet(PATHOLOGIES[j], ANATOMIES[i], int(matrix[i, j]))
                 for i, j in np.argwhere((matrix == 0) | (matrix == 1))]
 
@@ -84,6 +73,8 @@ def triplet_source(source, root):
     """--triplets: "rules", a RadGraph .json, or the folder of the published matrix."""
     if source == "rules":
         return Rules(root)
-    if not os.path.exists(source):
-        raise InputError(f"--triplets {source}: no such file or folder")
-    return PublishedMatrix(source) if os.path.isdir(source) else RadGraphFile(source)
+    try:
+        return PublishedMatrix(source) if os.path.isdir(source) else RadGraphFile(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--triplets {source}: neither a RadGraph .json nor the folder of the "
+                         f"published matrix and train.json ({error})") from None

@@ -105,7 +105,9 @@ def test_existence_is_the_matrix_that_is_taught(phantoms):
     for row, matrix in zip(rows, batch):
         assert (matrix == existence_matrix(table.cells(row), PATHOLOGIES, ANATOMIES)).all()
     truth = table.truth(rows, PATHOLOGIES, ANATOMIES)
-    assert truth.min() == 0 and truth.sum() == sum(len(table.drawn[i]) for i in rows)
+    assert (truth == 1).sum() == sum(len(table.drawn[i]) for i in rows)
+    assert (truth[:, :, PATHOLOGIES.index("normal")] == -1).all()  # never drawn, so nobody knows
+    assert (truth[:, ANATOMIES.index("heart_size"), PATHOLOGIES.index("effusion")] == 0).all()
 
 
 def test_reports_are_read_once_and_again_when_some_were_added(copy, monkeypatch):

@@ -21,7 +21,7 @@ def test_classification_by_pencil():
 def test_a_class_of_one_kind_is_none_and_not_in_the_mean():
     labels = np.array([[1, 0, -1], [0, 0, 1], [1, 0, 1], [0, 0, 0]])
     scores = np.array([[.9, .5, .1], [.8, .5, .2], [.7, .5, .3], [.1, .5, .4]])
-    s = metrics.classification_scores(labels, scores, names=["a", "b", "c"])
+    s = metrics.classification_scores(labels, scores, names="abc")
     assert s["per_class"]["b"]["auroc"] is None and s["auroc"] == (0.75 + 0) / 2
 
 
@@ -30,9 +30,8 @@ def test_scores_are_scikit_learns():
     labels, scores = (rng.random((300, 3)) < 0.2).astype(int), np.round(rng.random((300, 3)), 2)
     s = metrics.classification_scores(labels, scores)
     assert s["ap"] == pytest.approx(average_precision_score(labels, scores))
-    assert s["auroc"] == pytest.approx(roc_auc_score(labels, scores))
-    assert metrics.class_aurocs(labels, scores)[-1] == pytest.approx(s["auroc"])  # with many ties
-    best = metrics.best_f1_threshold(labels[:, 0], scores[:, 0])
+    assert s["auroc"] == pytest.approx(roc_auc_score(labels, scores))  # with many ties
+    best = s["threshold"]["0"]
     every = [f1_score(labels[:, 0], scores[:, 0] >= t) for t in np.unique(scores)]
     assert f1_score(labels[:, 0], scores[:, 0] >= best) == pytest.approx(max(every))
 
@@ -40,9 +39,18 @@ def test_scores_are_scikit_learns():
 def test_the_bootstrap_redraws_whole_patients():
     """Of two patients with two films each: the sum of 10 10 1 1 is 40, 22 or 4."""
     films, patients = np.array([10, 10, 1, 1]), ["a", "a", "b", "b"]
-    assert {*metrics.bootstrap(lambda _, v: v.sum(), films, films, groups=patients)} == {40, 22, 4}
-    assert metrics.central(np.array([0.0, 2.0, np.nan])) == pytest.approx((0.05, 1.95))
-    assert metrics.bootstrap_ci(metrics.auroc, np.ones(5, int), np.arange(5)) == (None, None)
+    metric = lambda _, v: [v.sum(), np.nan]
+    once = [metrics.bootstrap_ci(metric, films, films, 1, k, patients) for k in range(20)]
+    assert {known for known, _ in once} == {(40, 40), (22, 22), (4, 4)}
+    assert {unknown for _, unknown in once} == {(None, None)}
+
+
+def test_intervals_stand_beside_each_class_and_their_mean():
+    """Labels as scores sort every resample; a class of one kind has no interval."""
+    labels = np.array([[1, 1], [1, 1], [0, 1], [0, 1]] * 5)
+    s = metrics.scores_with_intervals(labels, labels, [1, 1], ["a", "b"], n=50)
+    assert s["per_class"]["a"]["auroc_ci95"] == s["auroc_ci95"] == (1, 1)
+    assert s["per_class"]["b"]["auroc_ci95"] == (None, None)
 
 
 def test_grounding_by_pencil():
@@ -69,13 +77,13 @@ def test_three_pointing_rules_by_pencil():
     assert metrics.points_at(np.ones((8, 8)), regions)["pointing_game"] == 1 / 64  # shared
 
 
-def test_dice_over_thresholds_and_the_fixed_answer():
-    """Masks a, a and b of 4, 4 and 2 pixels, b within a: the mean is 1 on b and 2/3 on the rest of
-    a. Above 0.66 is a: Dice 1, 1, 2/3; above 2/3 only b: 2/3, 2/3, 1."""
-    a, b = np.zeros((4, 4), bool), np.zeros((4, 4), bool)
-    a[:2, :2], b[0, :2] = True, True
-    mean, threshold = metrics.fixed_answer([a, a, b])
-    assert mean[1, 0] == pytest.approx(2 / 3) and threshold < 2 / 3
+def test_dice_over_thresholds_and_the_best_of_them():
+    """Masks a, a and b within a: the mean is 1 on b and 2/3 on the rest of a. Above 0.66 is a: Dice
+    1, 1, 2/3; above 2/3 only b: 2/3, 2/3, 1."""
+    a = np.arange(16).reshape(4, 4) < 8
+    b = np.arange(16).reshape(4, 4) < 4
+    mean = np.mean([a, a, b], axis=0)
+    assert metrics.best_dice_threshold([mean] * 3, [a, a, b]) < 2 / 3
     assert metrics.dice_scores(mean, a, [0.5, 0.7]).tolist() == pytest.approx([1, 2 / 3])
 
 
