@@ -35,8 +35,7 @@ CASES = {
     "floor": "backbone alone, fp32", "fp32": "full step, fp32", "bf16": "full step, bf16",
     "compile": "full step, fp32, torch.compile", "inference": "zero-shot inference, fp32",
     "losses": "ProtoCL and ICL, ours", "loop": "ProtoCL and ICL, published loops",
-    "data": "one core: stored 256-pixel images", "jpeg": "one core: full-size JPEG, as published",
-    "preset": "full step of the CPU preset, fp32"}
+    "data": "one core: stored 256-pixel images", "jpeg": "one core: full-size JPEG, as published"}
 
 
 def parse_args(argv=None):
@@ -66,10 +65,8 @@ def random_batch(args, device):
 def step_case(args, device):
     """-> a training step of the whole model, or of its backbone with the mean square as a loss."""
     images, pathology_text, anatomy_text, existence = random_batch(args, device)
-    config = MeDSLIPConfig(args.backbone, args.image_size)
-    if args.backbone == "small":  # train.py's CPU preset
-        config = MeDSLIPConfig("small", args.image_size, 96, 2, dropout=0.0, position=True)
-    model = MeDSLIP(config).to(device, memory_format=torch.channels_last)
+    model = MeDSLIP(MeDSLIPConfig(args.backbone, args.image_size))
+    model = model.to(device, memory_format=torch.channels_last)
     if args.case == "inference":
         model.eval().requires_grad_(False)
         return lambda: model(images, pathology_text, anatomy_text)
@@ -93,8 +90,10 @@ def step_case(args, device):
 
 def our_losses(streams, relation, existence):
     """ProtoCL of both streams and ICL by losses.py; arguments as in `published_losses`."""
-    return icl_loss(relation, existence) + sum(
-        proto_loss(z, text, y, negative_index=negatives) for z, text, y, negatives in streams)
+    loss = icl_loss(relation, existence)
+    for z, text, y, negatives in streams:
+        loss = loss + proto_loss(z, text, y, negative_index=negatives)
+    return loss
 
 
 def published_losses(streams, relation, existence):
@@ -102,16 +101,13 @@ def published_losses(streams, relation, existence):
 
     streams: (z [B,q,T], text vectors [k,T] of the other stream's concepts, y [B,q,k], negatives
     [B,q,7]) of pathologies and anatomies. Labels and vectors are repeated for every image, query
-    and concept, and the six tensors [B,q,k,T] of both streams are alive at once.
+    and concept.
     """
-    repeated = []
-    for z, text, y, _ in streams:
-        labels = (y == 1).float().unsqueeze(-1).repeat(1, 1, 1, z.shape[-1])    # [B,q,k,T]
-        vectors = text.repeat(y.shape[0], y.shape[1], 1, 1)                     # [B,q,k,T]
-        repeated.append((labels, vectors, labels * vectors))
     known = existence >= 0
     loss = F.binary_cross_entropy_with_logits(relation[known], existence[known].float())  # Eq. 6
-    for (z, text, y, negatives), (_, _, products) in zip(streams, repeated):
+    for z, text, y, negatives in streams:
+        labels = (y == 1).float().unsqueeze(-1).repeat(1, 1, 1, z.shape[-1])    # [B,q,k,T]
+        products = labels * text.repeat(y.shape[0], y.shape[1], 1, 1)           # [B,q,k,T]
         prototypes = torch.zeros_like(z)                                        # [B,q,T]
         for b in range(z.shape[0]):
             for i in range(z.shape[1]):
@@ -173,8 +169,6 @@ def measure(args):
     one_core = args.case in ("data", "jpeg")
     device, _, _ = join_processes("cpu" if one_core else args.device)
     torch.set_num_threads(1 if one_core else args.threads)
-    if args.case == "preset":
-        args.backbone, args.image_size = "small", 64
     build = {"losses": losses_case, "loop": losses_case, "data": data_case, "jpeg": jpeg_case}
     step = build.get(args.case, step_case)(args, device)
     with FlopCounterMode(display=False) as counter:

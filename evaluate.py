@@ -4,74 +4,61 @@
     python evaluate.py --task predict --image chest.png --prompt "air where it should not be"
     python evaluate.py --task grounding      # the phantoms, after `python train.py`; a minute
 
-Each task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers
-and labels of each image) and .png; predict only a picture. N images, L labels, S stored pixels.
-
-Differs from the released code:
-- Thresholds come from the validation split. The best ones on the test set, which this literature
-  reports, stand beside them (customary).
-- Masks, boxes and maps are compared on the grid of the stored images (released: 224 x 224).
-- A map is scaled by its own maximum and drawn where the backbone looks (see metrics.py).
+A task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
+labels of each image) and .png. N images, L labels, S stored pixels. Differs from the released code:
+- Thresholds come from validation. The best ones on the test set, as reported in this literature,
+  stand beside them (customary).
+- Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
+  scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
 - Embeddings stand beside an untrained network's: what both show, training did not make.
 """
 import json
-import math
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from scipy.special import expit, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
-from sklearn.preprocessing import StandardScaler
+from sklearn.model_selection import GroupKFold, cross_val_score
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
 import figures
+import metrics
 import text
 from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_device, run
 from formats.images import read_image, trouble
-from metrics import (SCORES, auroc, best_dice_threshold, bootstrap_ci, classification_scores,
-                     dice_scores, grounding_scores, hit_regions, mean_or_none, nearest,
-                     place_scores, points_at, relation_scores, scores_apart, scores_with_intervals,
-                     upsample_map)
+from metrics import SCORES, nearest, points_at
 from model import MeDSLIP
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    g = p.add_argument_group("what")
-    g.add_argument("--task", required=True, choices=[*TASKS, "predict"])
-    g.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
-    g.add_argument("--split", default="test", choices=["train", "validate", "test"])
-    g.add_argument("--limit", type=number(int, 1), help="only the first N images of each split")
-    g.add_argument("--image", metavar="FILE", help="predict: a radiograph")
-    g.add_argument("--prompt", help="a disease in plain words: one more question in predict; "
-                   "elsewhere for the only label, or the only one without a stored query")
+    p.add_argument("--task", required=True, choices=[*TASKS, "predict"])
+    p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
+    p.add_argument("--split", default="test", choices=["train", "validate", "test"])
+    p.add_argument("--limit", type=number(int, 1), help="only the first N images of each split")
+    p.add_argument("--image", default="", metavar="FILE", help="a radiograph, for predict")
+    p.add_argument("--prompt", help="asks in your words for the one label without a stored query")
+    p.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--out-dir", default="out")
     g = p.add_argument_group("model")
     g.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
     g.add_argument("--image-size", type=number(int, 16), help="pixels a side (the checkpoint's)")
     g.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
     g.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
+    g.add_argument("--attention", default="own", choices=["own", "pathology"],
+                   help="own: the evidence, if the model has it; pathology: the paper's map")
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--batch-size", type=number(int, 1), default=64)
-    g = p.add_argument_group("protocol")
-    g.add_argument("--attention", default="own", choices=["own", "pathology"], help="own: the "
-                   "evidence map if the model has one; pathology: mean over heads and layers")
-    g.add_argument("--threshold", type=number(float, 0, 1), help="share of a map's maximum "
-                   "(default: the best Dice on validation)")
-    g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
-    g.add_argument("--seed", type=number(int, 0), default=0)
-    g.add_argument("--out-dir", default="out")
     data.add_data_flags(p)
     return p.parse_args(argv)
 
-
-# ------------------------------------------------------------------- how a checkpoint is asked
 
 PROMPTS = {  # of labels that the vocabulary lacks, or has only in a bucket of rare findings
     "COVID-19": "Pneumonia caused by the coronavirus SARS-CoV-2. Hazy ground-glass patches in both "
@@ -86,8 +73,7 @@ def encode_prompts(args, model, prompts):
     encoder = args.text_encoder or (model.queries or {}).get("encoder", text.CLINICAL_BERT)
     vectors = text.encode_text(prompts, encoder)
     if vectors.shape[1] != model.config.text_dim:
-        raise InputError(f"{encoder} gives text vectors of width {vectors.shape[1]}, the model "
-                         f"takes {model.config.text_dim}; use the one it was trained with")
+        raise InputError(f"{encoder} gives text vectors of another width than the model's own one")
     return vectors.to(args.device)
 
 
@@ -96,166 +82,143 @@ def read_model(args):
     model = load_model(args.checkpoint, args.device).requires_grad_(False)
     args.image_size = args.image_size or model.config.image_size
     if model.queries is None:
-        book = text.read_pathology_book(args.pathology_book) if args.pathology_book else None
-        if book is None:
-            print(f"{args.checkpoint} stores no prompts: pathologies are asked in our own words; "
-                  "--pathology-book takes the published ones")
-        p_prompts = text.pathology_prompts(text.PATHOLOGIES, book)
-        a_prompts = text.anatomy_prompts(text.ANATOMIES, published=True)
-        p_text, a_text = (encode_prompts(args, model, x) for x in (p_prompts, a_prompts))
+        book = args.pathology_book and text.read_pathology_book(args.pathology_book)
+        if not book:
+            print("asked in our own words; --pathology-book takes the published ones")
+        p_text = encode_prompts(args, model, text.pathology_prompts(text.PATHOLOGIES, book))
+        a_text = encode_prompts(args, model, text.anatomy_prompts(text.ANATOMIES, published=True))
         model.queries = {"pathology": {"names": text.PATHOLOGIES, "text": p_text},
                          "anatomy": {"names": text.ANATOMIES, "text": a_text}}
     return model
 
 
 def questions(args, model, labels):
-    """How to ask for labels {label: its name in the vocabulary, or None}.
-
-    -> ([pathology text [m+k,T], anatomy text [n,T]], {label: its column}, the k labels without a
-    stored query, which are asked last: by --prompt, PROMPTS or their definition). All queries are
-    asked, because they attend to each other.
-    """
-    names, vectors = model.queries["pathology"]["names"], model.queries["pathology"]["text"]
+    """How to ask for labels {label: its name in the vocabulary, or None}: ([pathology text [m+k,T],
+    anatomy text [n,T]], {label: its column}, the k labels without a stored query). All stored ones
+    are asked, because queries attend to each other; last those k, by prompt or definition."""
+    names = model.queries["pathology"]["names"]
+    texts = [model.queries[kind]["text"].to(args.device) for kind in ("pathology", "anatomy")]
     columns = {label: names.index(name) for label, name in labels.items() if name in names}
     unseen = [label for label in labels if label not in columns]
     if args.prompt and len(labels) == 1:
         unseen = list(labels)
     if args.prompt and len(unseen) != 1:
-        raise InputError(f"--prompt asks for one label, and {len(unseen)} have no stored query "
-                         f"({', '.join(unseen) or 'none'}); leave it out")
-    texts = [vectors.to(args.device), model.queries["anatomy"]["text"].to(args.device)]
-    if unseen:
-        prompts = [args.prompt or PROMPTS.get(label)
-                   or text.pathology_prompts([labels[label] or label])[0] for label in unseen]
-        texts[0] = torch.cat([texts[0], encode_prompts(args, model, prompts)])  # [m+k,T]
-        columns |= {label: len(names) + k for k, label in enumerate(unseen)}
+        raise InputError(f"--prompt is for one label, not for {unseen or 'none'}; leave it out")
+    for label in unseen:
+        definition = text.pathology_prompts([labels[label] or label])[0]
+        vector = encode_prompts(args, model, [args.prompt or PROMPTS.get(label, definition)])
+        columns[label] = len(texts[0])
+        texts[0] = torch.cat([texts[0], vector])  # [m+1,T] ... [m+k,T]
     return texts, columns, unseen
 
 
-def ask(args, model, images, rows, texts):
-    """Yields (rows [B], output) of rows of images uint8 [N,S,S]. In fp32, because with bf16 the
-    answers would depend on the batch size."""
+def ask(args, model, images, rows, texts, pick):
+    """Arrays of what `pick` takes out of the model's output, for rows of images uint8 [N,S,S]. In
+    fp32, because with bf16 the answers would depend on the batch size."""
+    parts = []
     for start in range(0, len(rows), args.batch_size):
-        batch = rows[start:start + args.batch_size]
-        x = data.to_input(torch.from_numpy(images[batch]).to(args.device), args.image_size)
+        batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(args.device)
         with torch.inference_mode():
-            out = model(x, *texts, need_attention=True)  # x [B,3,H,W]
-        yield batch, out
-
-
-def array(tensor):
-    return tensor.double().cpu().numpy()
+            x = data.to_input(batch, args.image_size)  # [B,3,H,W]
+            picked = pick(model(x, *texts, need_attention=True))
+        parts.append([tensor.cpu().numpy() for tensor in picked])
+    return [np.concatenate(part) for part in zip(*parts)]
 
 
 def maps_of(args, out):
     """[B,m,h,w] by --attention."""
     own = args.attention == "own" and out.pathology_evidence is not None
-    return array(out.pathology_evidence if own else out.pathology_attention)
-
-
-def heat_of(args, model, cells, shape):
-    """One map [h,w] drawn to a picture of `shape`, its maximum 1."""
-    heat = upsample_map(cells, *shape, args.image_size, model.cell_centres())
-    return heat / max(heat.max(), 1e-12)
+    return (out.pathology_evidence if own else out.pathology_attention).double()
 
 
 def pairs_of(model, out, anatomy_text):
     """(existence [B,m]; places [B,n,m]: Z_2 . T, which ProtoCL trains; pairs [B,n,m]: ICL's answer,
-    or existence times place where no ICL was trained)."""
-    existence = expit(array(out.pathology_logits))
-    places = array(out.pathology_z @ anatomy_text.T).transpose(0, 2, 1)
+    or existence times place where no ICL was trained). Double, so that near 1 no two are equal."""
+    existence = out.pathology_logits.double().sigmoid()
+    places = (out.pathology_z @ anatomy_text.T).transpose(1, 2).double()
     if model.config.streams == "dual" and model.args.get("beta", 1) > 0:
-        return existence, places, expit(array(out.relation_logits))
-    return existence, places, existence[:, None] * softmax(places, axis=1)
+        return existence, places, out.relation_logits.double().sigmoid()
+    return existence, places, existence[:, None] * places.softmax(1)
 
 
 def print_table(title, scores, keys):
-    """{name: {key: value}} as a table: numbers to three decimals, a dash for None or nothing."""
-    table = [[title, *keys]]
-    for name, values in scores.items():
-        row = [values.get(key) for key in keys]
-        row = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row]
-        table.append([name, *["-" if v == "None" else v for v in row]])
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for row in table:
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-        print(row[0].ljust(widths[0]), *cells, sep="  ")
+    """{name: {key: value}}: numbers to three decimals, a dash for None or nothing."""
+    for name, values in {title: dict(zip(keys, keys)), **scores}.items():
+        line = f"{name:<28}"
+        for key in keys:
+            value = values.get(key)
+            cell = f"{value:.3f}" if isinstance(value, float) else str(value).replace("None", "-")
+            line += cell.rjust(max(len(key), 5) + 2)
+        print(line)
 
-
-# Each task takes (args, model, table, rows), prints a table and returns (metrics for the JSON,
-# arrays for the .npz, a function that draws the figure into a path).
-# ------------------------------------------------------------ is it there? (Table III, Fig. 4)
 
 def classification(args, model, table, rows):
-    """Does an image show it? Each label of the data set, by name or prompt."""
+    """Does an image show it (Table III, Fig. 4)? Each label of the data set."""
     labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
     if not labels:
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
     texts, columns, unseen = questions(args, model, labels)
+    names, asked = np.array(list(labels)), [columns[label] for label in labels]  # [L]
 
-    def answers(rows):  # labels [N,L], probabilities [N,L]
-        logits = [array(out.pathology_logits)
-                  for _, out in ask(args, model, table.images, rows, texts)]
-        asked = [columns[name] for name in labels]  # [L]
-        return table.labels[rows], expit(np.concatenate(logits)[:, asked])
+    def answers(rows):  # labels and probabilities, both [N,L]
+        pick = lambda out: [out.pathology_logits[:, asked].double().sigmoid()]
+        return table.labels[rows], *ask(args, model, table.images, rows, texts, pick)
 
     truth, scores = answers(rows)
-    names, held = np.array(table.label_names), table.rows("validate")[:args.limit]
+    held, patients = table.rows("validate")[:args.limit], np.array(table.patients)[rows]
     thresholds, source = np.full(len(names), None), args.split  # None: the best on these labels
     if args.split == "test" and len(held):
-        best, source = classification_scores(*answers(held))["threshold"].values(), "validate"
+        best, source = metrics.classification_scores(*answers(held))["threshold"], "validate"
         # where validation has no positives, or no negatives, there is no best one
-        thresholds = np.array([0.5 if t is None else t for t in best])  # [L]
-    patients, new = np.array(table.patients)[rows], np.isin(names, unseen)  # [N], bool [L]
-    blocks, lines = {}, {}
+        thresholds = np.array([0.5 if t is None else t for t in best.values()])  # [L]
+    new, blocks, lines = np.isin(names, unseen), {}, {}
     for title, part in (("trained on", ~new), ("not trained on", new)):
         if part.any():
-            block = scores_with_intervals(truth[:, part], scores[:, part], thresholds[part],
-                                          names[part], args.bootstrap, args.seed, patients)
-            blocks[title], best = block, block["customary"]
-            for name, c in [*block["per_class"].items(), (f"mean, {title}", block)]:
-                b, (low, high) = best["per_class"].get(name, best), c["auroc_ci95"]
-                lines[name] = {**c, "low": low, "high": high, "f1*": b["f1"], "acc*": b["acc"]}
-    print_table("", lines, ("n_pos", "auroc", "low", "high", "ap", "f1", "acc", "f1*", "acc*"))
-    print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}, with * at "
-          f"the best on {args.split} itself (customary, flattering); a guess has AUROC 0.5")
-    metrics = dict(blocks.get("trained on") or blocks["not trained on"], thresholds_from=source,
-                   not_trained_on=unseen, trivial={"auroc": 0.5})
-    if len(blocks) == 2:
-        metrics["unseen"] = blocks["not trained on"]
-    per_class = {**metrics["per_class"], **metrics.get("unseen", metrics)["per_class"]}
-    arrays = {"names": names, "labels": truth, "scores": scores}
-    return metrics, {"ids": [table.ids[i] for i in rows], **arrays}, lambda path: (
-        figures.draw_classes(path, per_class, **arrays))
+            block = metrics.scores_with_intervals(truth[:, part], scores[:, part], thresholds[part],
+                                                  names[part], args.bootstrap, args.seed, patients)
+            blocks[title] = block
+            lines |= {**block["per_class"], f"mean, {title}": block,
+                      f"customary, {title}": block["customary"]}
+    print_table("", lines, ("n_pos", "auroc", "ap", "f1", "acc"))
+    for title, block in blocks.items():
+        print(f"95 % interval of the mean AUROC, {title}: {np.round(block['auroc_ci95'], 3)}")
+    print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}; customary: "
+          f"at the best on {args.split} itself, which flatters; a guess has AUROC 0.5")
+    first, *rest = blocks.values()
+    result = {**first, "thresholds_from": source, "not_trained_on": unseen,
+              "trivial": {"auroc": 0.5}, **{"unseen": block for block in rest}}
+    classes = {name: lines[name] for name in labels}
+    arrays = {"ids": [table.ids[i] for i in rows], "names": names, "labels": truth,
+              "scores": scores}
+    return result, arrays, lambda path: figures.draw_classes(path, classes, names, truth, scores)
 
 
-# ---------------------------------------------------------------- where is it? (Table IV, Fig. 7)
-
-Finding = namedtuple("Finding", "row label mask cells")  # mask bool [S,S], cells: its map [h,w]
+Finding = namedtuple("Finding", "row label mask cells heat")  # mask, heat [S,S]; cells [h,w], a map
 
 
 def masks_of(table, row):
-    """{label: bool [S,S]}: what masks, or else boxes, locate in an image."""
-    masks = {}
-    for label in table.located(row):
-        mask = table.mask(row, label)  # [H,W] or None
-        if mask is not None and nearest(mask, table.size, table.size).any():
-            masks[label] = nearest(mask, table.size, table.size)
-    return masks
+    """[(label, bool [S,S])]: what masks, or else boxes, locate in an image."""
+    masks = [(label, table.mask(row, label)) for label in table.located(row)]  # [H,W] each
+    masks = [(label, nearest(mask, table.size, table.size)) for label, mask in masks]
+    return [(label, mask) for label, mask in masks if mask.any()]
 
 
 def locate(args, model, table, rows, texts, columns):
-    """[Finding] of the rows."""
-    rows, found = np.array([i for i in rows if table.located(i)], int), []
-    for batch, out in ask(args, model, table.images, rows, texts):
-        for row, maps in zip(batch, maps_of(args, out)):  # [m,h,w]
-            for label, mask in masks_of(table, row).items():
-                found.append(Finding(row, label, mask, maps[columns[label]]))
+    """[Finding] of all that masks or boxes locate in rows."""
+    rows, found = [row for row in rows if table.located(row)], []
+    if rows:
+        maps, = ask(args, model, table.images, rows, texts,
+                    lambda out: [maps_of(args, out)[:, list(columns.values())]])  # [N,L,h,w]
+    for k, row in enumerate(rows):
+        cells = dict(zip(columns, maps[k]))
+        for label, mask in masks_of(table, row):
+            found.append(Finding(row, label, mask, cells[label], metrics.upsample_map(
+                cells[label], *mask.shape, args.image_size, model.cell_centres())))
     return found
 
 
 def grounding(args, model, table, rows):
-    """Where are the present findings? Maps against masks or boxes, beside trivial answers."""
+    """Where are the present findings (Table IV, Fig. 7)? Beside trivial answers."""
     held, labels = table.rows("validate")[:args.limit], {}
     known = dict(zip(table.label_names, table.label_pathologies))
     for row in (*held, *rows):
@@ -263,70 +226,57 @@ def grounding(args, model, table, rows):
     texts, columns, unseen = questions(args, model, labels)
     found = locate(args, model, table, rows, texts, columns)
     if not found:
-        raise InputError(f"no mask or box locates anything in {table.dataset}'s {args.split} "
-                         "split; grounding takes synthetic, rsna, nih or siim")
-    threshold, source = args.threshold, "--threshold"
-    if threshold is None:
-        tuned, source = locate(args, model, table, held, texts, columns), "validate"
-        if args.split != "test" or not tuned:
-            tuned, source = found, args.split
-        heats = [heat_of(args, model, f.cells, f.mask.shape) for f in tuned]  # [S,S] each
-        threshold = best_dice_threshold(heats, [f.mask for f in tuned])
+        raise InputError(f"nothing is located in {args.dataset}; try synthetic, rsna, nih or siim")
+    tuned, source = locate(args, model, table, held, texts, columns), "validate"
+    if args.split != "test" or not tuned:
+        tuned, source = found, args.split
+    threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
     each = compare(args, model, table, found, threshold)
-    names = np.array([f.label for f in found])  # [findings]
-    per_class = {name: means([e for e, n in zip(each, names) if n == name])
-                 for name in np.unique(names).tolist()}
+    per_class = {}
+    for name in sorted({f.label for f in found}):
+        per_class[name] = means([e for e, f in zip(each, found) if f.label == name])
     reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
-    order = sorted(reach, key=reach.get)  # the worst class first
+    worst = min(reach, key=reach.get)
     drops = faithfulness(args, model, table, found, texts, columns)
-    metrics = {**means(each), "per_class": per_class,
-               "worst": {"name": order[0], "pointing_within_cell": reach[order[0]]},
-               "threshold": threshold, "threshold_from": source, "attention": args.attention,
-               "not_trained_on": unseen, "faithfulness": drops}
-    arrays = {"ids": [table.ids[f.row] for f in found], "label": names}
+    result = {**means(each), "per_class": per_class, "faithfulness": drops, "threshold": threshold,
+              "worst": {"name": worst, "pointing_within_cell": reach[worst]},
+              "threshold_from": source, "attention": args.attention, "not_trained_on": unseen}
+    values = np.array([list(e["model"].values()) for e in each])  # [findings,scores]
     patients = np.array(table.patients)[[f.row for f in found]]  # [findings]
-    for key in SCORES:
-        arrays[key] = values = np.array([e["model"][key] for e in each])  # [findings]
-        metrics[f"{key}_ci95"] = bootstrap_ci(lambda _, v: v.mean(), values, values,
-                                              args.bootstrap, args.seed, patients)
-    lines = {**{name: per_class[name] for name in order}, "all": metrics, **metrics["trivial"]}
-    print_table("", lines, ("n", *SCORES))
-    print(f"{args.attention} map; regions above {threshold:.2f} of the maximum (from {source}); "
-          f"worst class: {order[0]}\n")
+    intervals = metrics.bootstrap_ci(lambda _, v: v.mean(0), values, values, args.bootstrap,
+                                     args.seed, patients)
+    result |= {f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}
+    print_table("", {**per_class, "all": result, **result["trivial"]}, ("n", *SCORES))
+    print(f"regions above {threshold:.2f} of the maximum (from {source}); worst class: {worst}\n")
     print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, DELETED_BY)
-    films = []
-    for name in order:  # the first ones of each class, not the best
-        for f in [f for f in found if f.label == name][:math.ceil(12 / len(order))]:
-            heat = heat_of(args, model, f.cells, f.mask.shape)
-            films.append({"film": table.images[f.row], "title": name, "mask": f.mask, "heat": heat,
-                          "region": heat, "level": threshold})
-    return metrics, arrays, lambda path: figures.gallery(
-        path, films[:12], f"{args.attention} map; x: its maximum; yellow: above {threshold:.2f} of "
-        "the maximum; cyan: truth")
+    arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found],
+              **dict(zip(SCORES, values.T))}
+    films = [{"film": table.images[f.row], "title": f.label, "mask": f.mask, "heat": f.heat,
+              "level": threshold} for f in found[:12]]  # the first ones, not the best
+    title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2f} of it"
+    return result, arrays, lambda path: figures.gallery(path, films, title)
 
 
 def compare(args, model, table, found, threshold):
-    """Of each finding {answer: {score: ...}} of the model and of trivial answers. The fixed ones are
-    the mean training mask of the class: its highest point, and the region that has the best Dice."""
-    drawn, everywhere, fixed = {}, np.ones((table.size, table.size), bool), {}
+    """Of each finding {answer: {score: ...}}, also of trivial answers. The fixed ones are the mean
+    training mask of the class: its highest point, and its region of the best Dice."""
+    everywhere, drawn, fixed, each = np.ones((table.size, table.size), bool), {}, {}, []
     for row in table.rows("train")[:2000]:  # enough for a mean
-        for label, mask in masks_of(table, row).items():
+        for label, mask in masks_of(table, row):
             drawn.setdefault(label, []).append(mask)
-    each = []
-    for label in {f.label for f in found}:
-        masks = drawn.get(label, [everywhere])
+    for label, masks in drawn.items():
         mean = np.mean(masks, axis=0)  # [S,S]
-        fixed[label] = mean, best_dice_threshold([mean] * len(masks), masks)
+        fixed[label] = mean, metrics.best_dice_threshold([mean] * len(masks), masks)
     for f in found:
-        mean, level = fixed[f.label]
-        regions = hit_regions(f.mask, *f.cells.shape)
-        own = grounding_scores([f.cells], [f.mask], threshold, args.image_size,
-                               model.cell_centres())  # of this one finding
+        mean, level = fixed.get(f.label, (everywhere, 0))
+        regions = metrics.hit_regions(f.mask, *f.cells.shape)
+        own = metrics.grounding_scores([f.cells], [f.mask], threshold, args.image_size,
+                                       model.cell_centres())  # of this one finding
         each.append({"model": {key: own[key] for key in SCORES},
                      "random_point": points_at(everywhere, regions),
                      "brightest_point": points_at(table.images[f.row], regions),
                      "fixed_point": points_at(mean, regions),
-                     "fixed_region": {"dice": dice_scores(mean, f.mask, [level])[0]}})
+                     "fixed_region": {"dice": metrics.dice_scores(mean, f.mask, [level])[0]}})
     return each
 
 
@@ -357,108 +307,162 @@ def faithfulness(args, model, table, found, texts, columns):
         films = [film]
         for k in DELETED:
             for order in (-f.cells, rng.random((n, n)), away):
-                gone = np.zeros(n * n, bool)
-                gone[np.argsort(order.ravel(), kind="stable")[:k]] = True
-                gone = torch.from_numpy(gone.reshape(n, n)[cell_of][:, cell_of])  # [size,size]
-                films.append(torch.where(gone, blurred, film))  # [3,size,size]
-        logits = array(model(torch.stack(films).to(args.device), *texts).pathology_logits)
-        logits = logits[:, columns[f.label]]  # [1 + 9]
+                rank = np.argsort(np.argsort(order.ravel(), kind="stable")).reshape(n, n)
+                gone = torch.from_numpy(rank[cell_of][:, cell_of] < k)  # [size,size]
+                films.append(torch.where(gone, blurred, film))
+        logits = model(torch.stack(films).to(args.device), *texts).pathology_logits
+        logits = logits[:, columns[f.label]].double().cpu().numpy()  # [1 + 9]
         drops.append((logits[0] - logits[1:]).reshape(len(DELETED), len(DELETED_BY)))  # [3,3]
     mean = np.mean(drops, axis=0).tolist()
     return {str(k): dict(zip(DELETED_BY, drop)) for k, drop in zip(DELETED, mean)}
 
 
-# ------------------------------------------------------------------------------------ which pair?
-
-def pair_truth(table, rows, names):
+def pair_truth(args, model, table, rows):
     """int8 [N,n,m] and what it is: the pairs as drawn, or as the reports have them."""
+    names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
     truth = table.truth(rows, *names)
     if truth is not None:
         return truth, "what was drawn"
     if not table.has_reports:
-        raise InputError(f"{table.dataset} has no reports, so no pairs; try --dataset synthetic")
+        raise InputError(f"{args.dataset} has no reports, so no pairs; try synthetic or mimic")
     return np.maximum(table.existence(rows, *names), 0), "the reports, not mentioned = absent"
 
 
 def relation(args, model, table, rows):
-    """Which (anatomy, pathology) pairs an image shows, against the drawn or the reported ones."""
+    """Which (anatomy, pathology) pairs does an image show, as drawn or as its report has them?"""
     names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
-    truth, source = pair_truth(table, rows, names)  # [N,n,m]
+    truth, source = pair_truth(args, model, table, rows)  # [N,n,m]
     texts, _, _ = questions(args, model, {})
-    parts = [pairs_of(model, out, texts[1])
-             for _, out in ask(args, model, table.images, rows, texts)]
-    existence, places, pairs = (np.concatenate(part) for part in zip(*parts))  # [N,m], 2 x [N,n,m]
+    existence, places, pairs = ask(args, model, table.images, rows, texts,
+                                   lambda out: pairs_of(model, out, texts[1]))  # [N,m], [N,n,m] x 2
     train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
-    often = sum(table.existence([i], *names)[0] == 1 for i in train) / max(len(train), 1)  # [n,m]
-    often = np.broadcast_to(often, truth.shape)  # [N,n,m]
+    positive = sum(table.existence([i], *names)[0] == 1 for i in train)  # [n,m]
+    often = np.broadcast_to(positive / max(len(train), 1), truth.shape)  # [N,n,m]
     partner = {name: i for i, name in enumerate(names[1])}
     mirror = np.array([partner.get(text.swap_sides(name), i) for name, i in partner.items()])  # [n]
     answers = {"model": pairs, "cell frequencies in train": often,
                "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
-    scores = {name: relation_scores(truth, answer, mirror) for name, answer in answers.items()}
-    # one read-out of places for every model, also for those that were trained without ICL
-    place = {"model": place_scores(truth, places), "frequencies": place_scores(truth, often)}
+    scores = {name: metrics.relation_scores(truth, x, mirror) for name, x in answers.items()}
     print_table("pairs", scores, ("auroc", "ap", "cell_auroc", "side", "top1"))
+    # one read-out of places for every model, also for those that were trained without ICL
+    place = {"model": metrics.place_scores(truth, places),
+             "frequencies": metrics.place_scores(truth, often)}
     print_table("places, Z2 . T", place, ("top1", "recall", "chance", "n_several"))
-    metrics = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source}
+    result = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source}
     drawn = table.truth(train, *names)  # [.,n,m] or None
     if drawn is not None:
-        apart = scores_apart(truth, (drawn == 1).any(0), existence, pairs, places)
-        metrics |= apart
-        if apart:
-            print_table("cells", apart, apart["seen"])
+        apart = metrics.scores_apart(truth, (drawn == 1).any(0), existence, pairs, places)
+        print_table("cells", apart, ("auroc", "relation_ap", "place_top1", "n"))
+        result |= apart
     print(f"{len(rows)} images of {args.split}; truth: {source}")
     arrays = {"ids": [table.ids[i] for i in rows], "truth": truth, "pathologies": names[0],
               "anatomies": names[1], "scores": pairs.astype(np.float32)}
-    return metrics, arrays, lambda path: figures.draw_relation(
+    return result, arrays, lambda path: figures.draw_relation(
         path, (truth == 1).mean(0), pairs.mean(0), *names)
 
 
-# ------------------------------------------------- what do embeddings keep apart? (Figs. 6, 8)
-
-def probe(x, labels, fit):
-    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted where fit [N] is true
-    and scored elsewhere; without labels that have fewer than 5 of a kind on either side."""
-    x, scores = StandardScaler().fit(x[fit]).transform(x), []
+def probe(x, labels, patients):
+    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on one half of the
+    patients and scored on the other; without labels that have fewer than 10 of a kind."""
+    scores, x = [], (x - x.mean(0)) / (x.std(0) + 1e-9)
     for label in labels.T:
-        a, b = fit & (label >= 0), ~fit & (label >= 0)  # bool [N]
-        kinds = [(label[side] == value).sum() for side in (a, b) for value in (0, 1)]
-        if min(kinds) >= 5:
-            classifier = LogisticRegression(C=0.1, max_iter=1000).fit(x[a], label[a])
-            scores.append(auroc(label[b], classifier.decision_function(x[b])))
-    return mean_or_none(scores)
+        known = label >= 0
+        if np.bincount(label[known], minlength=2).min() >= 10:
+            scores += cross_val_score(LogisticRegression(C=0.1, max_iter=1000), x[known],
+                                      label[known], groups=patients[known], cv=GroupKFold(2),
+                                      scoring="roc_auc").tolist()
+    return metrics.mean_or_none(scores)
 
 
 def embedding(args, model, table, rows):
-    """Probes of the streams, silhouettes and t-SNE of what the labels' queries gather."""
+    """What do embeddings keep apart (Figs. 6, 8)? Probes of the streams' mean tokens, silhouette
+    and t-SNE of the queried embeddings."""
     labels = dict(zip(table.label_names, table.label_pathologies))
-    if len(rows) < 20 or not labels:
-        raise InputError(f"{table.dataset}: {len(rows)} images of {args.split} with {len(labels)} "
-                         "labels are too few to embed; try another --split or data set")
-    rng, clouds, scores = np.random.default_rng(args.seed), {}, {}
-    rows = rng.permutation(rows)[:1000]
+    if len(rows) < 20 or len(labels) < 2:
+        raise InputError(f"{args.dataset} has too few labels or images here; try another --split")
+    rows, scores, clouds = np.random.default_rng(args.seed).permutation(rows)[:1000], {}, {}
     texts, columns, _ = questions(args, model, labels)
     targets = {"pathology": table.labels[rows]}  # [N,L]
     if table.has_reports:
-        names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
-        targets["place"] = (pair_truth(table, rows, names)[0] == 1).any(2).astype(int)  # [N,n]
-    _, patients = np.unique(np.array(table.patients)[rows], return_inverse=True)
-    some = rng.permutation(len(rows) * len(labels))[:2500]  # t-SNE of all N*L points takes minutes
+        targets["place"] = pair_truth(args, model, table, rows)[0].max(2)  # [N,n]
+    streams = ("pathology", "anatomy") if model.config.streams == "dual" else ("pathology",)
     torch.manual_seed(args.seed)
     untrained = MeDSLIP(model.config).to(args.device).eval()
     for title, network in (("trained", model), ("untrained", untrained)):
-        outputs = [out for _, out in ask(args, network, table.images, rows, texts)]
-        tokens = {"pathology": [array(out.pathology_tokens.mean(1)) for out in outputs]}  # [B,D]
-        if model.config.streams == "dual":
-            tokens["anatomy"] = [array(out.anatomy_tokens.mean(1)) for out in outputs]
-        tokens = {stream: np.concatenate(x) for stream, x in tokens.items()}  # [N,D]
-        scores[title] = {f"{target} from {stream} tokens": probe(x, values, patients % 2 == 0)
-                         for stream, x in tokens.items() for target, values in targets.items()}
-        queried = np.concatenate([array(out.pathology_queried) for out in outputs])  # [N,m,D]
-        points = queried[:, list(columns.values())].reshape(-1, queried.shape[2])[some]
-        if len(labels) > 1:
-            scores[title]["silhouette, queried embeddings"] = float(
-                silhouette_score(points, some % len(labels)))
+        queried, *tokens = ask(args, network, table.images, rows, texts, lambda out: [
+            out.pathology_queried[:, list(columns.values())],  # [N,L,D]
+            *[getattr(out, f"{stream}_tokens").mean(1) for stream in streams]])  # [N,D] each
+        points = queried.reshape(-1, queried.shape[2])[:2500]  # t-SNE of more takes minutes
+        group = np.arange(len(points)) % len(labels)
+        silhouette = float(silhouette_score(points, group))
+        scores[title] = {"silhouette, queried embeddings": silhouette}
+        for stream, x in zip(streams, tokens):
+            for target, values in targets.items():
+                score = probe(x, values, np.array(table.patients)[rows])
+                scores[title][f"{target} from {stream} tokens"] = score
         flatten = TSNE(perplexity=min(30, len(points) / 4), random_state=args.seed)
-        clouds[title] = flatten.fit_transform(points), some % len(labels), list(columns)
-    print(...)
+        clouds[title] = flatten.fit_transform(points), group, list(columns)
+    lines = {key: {"trained": score, "untrained": scores["untrained"][key]}
+             for key, score in scores["trained"].items()}
+    print_table("AUROC of probes; silhouette", lines, scores)
+    arrays = {title: points for title, (points, _, _) in clouds.items()}
+    return {"n": len(rows), **scores}, arrays, lambda path: figures.draw_embedding(path, clouds)
+
+
+def predict(args, model):
+    """What and where in one radiograph: a table, and a picture of where four questions look."""
+    names, places = (model.queries[kind]["names"] for kind in ("pathology", "anatomy"))
+    labels = dict(zip(names, names))
+    if args.prompt:
+        labels[args.prompt] = None
+    texts, columns, _ = questions(args, model, labels)
+    try:
+        film, squashed = read_image(args.image), read_image(args.image, args.image_size)
+    except Exception:  # whatever a decoder makes of a damaged file
+        raise InputError(f"--image {args.image} is {trouble(args.image)}; name a radiograph")
+    existence, _, pairs, maps = ask(args, model, squashed[None], [0], texts, lambda out: [
+        *pairs_of(model, out, texts[1]), maps_of(args, out)])  # [1,m], [1,n,m], [1,m,h,w]
+    films = [{"film": film, "title": "as it is"}]
+    # the user's own question first, then the likeliest
+    for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[0, columns[k]]))[:8]:
+        k = columns[label]
+        best = [f"{places[i]} {pairs[0, i, k]:.3f}" for i in np.argsort(-pairs[0, :, k])[:3]]
+        print(f"{existence[0, k]:.3f}  {label:<24}", *best, sep="  ")
+        heat = metrics.upsample_map(maps[0, k], *film.shape, args.image_size, model.cell_centres())
+        films.append({"film": film, "title": f"{label[:28]}: {existence[0, k]:.2f}", "heat": heat})
+    path = Path(args.out_dir, "eval", "predict.png")
+    with atomic(path) as draft:
+        figures.gallery(draft, films[:5], "where each question looks; no medical device", columns=5)
+    print(f"where the first four look: {path}\nFor study: no medical device, no diagnosis.")
+
+
+TASKS = {"classification": classification, "grounding": grounding, "relation": relation,
+         "embedding": embedding}
+
+
+def main(args):
+    """Run one task; returns its metrics as written to the JSON (None for predict)."""
+    args.device = pick_device(args.device)
+    model = read_model(args)
+    if args.task == "predict":
+        return predict(args, model)
+    table = data.load_from_args(args, args.image_size)
+    rows = table.rows(args.split)[:args.limit]
+    if not len(rows):
+        raise InputError(f"{args.dataset} has no {args.split} split; name another by --split")
+    result, arrays, draw = TASKS[args.task](args, model, table, rows)
+    result = {"task": args.task, "dataset": args.dataset, "split": args.split,
+              "checkpoint": args.checkpoint, **result}
+    stem = Path(args.out_dir, "eval", f"{args.dataset}_{args.task}")
+    with atomic(stem.with_suffix(".json")) as draft:
+        draft.write_text(json.dumps(result, indent=1) + "\n")
+    with atomic(stem.with_suffix(".npz")) as draft, open(draft, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    with atomic(stem.with_suffix(".png")) as draft:
+        draw(draft)
+    print(f"written: {stem}.json .npz .png")
+    return result
+
+
+if __name__ == "__main__":
+    run(main, parse_args)

@@ -34,19 +34,20 @@ def outline(axis, values, level, colour):
                      extent=(0.5 / w, 1 - 0.5 / w, 0.5 / h, 1 - 0.5 / h))
 
 
-def show_film(axis, film, title, heat=None, mask=None, region=None, level=0.5):
-    """film [H,W] with what is given of: heat [h,w] in 0..1, its maximum marked; mask bool [h,w];
-    region [h,w], outlined at its level. All are drawn to the unit square, as their grids differ."""
+def show_film(axis, film, title, heat=None, level=None, mask=None, region=None):
+    """film [H,W] with what is given of: heat [h,w] >= 0, its maximum, where it is above a level of
+    that; mask bool [h,w]; region [h,w] > 0.5. The unit square holds all, as their grids differ."""
     frame = {"extent": (0, 1, 1, 0), "aspect": film.shape[0] / film.shape[1]}
     axis.imshow(film, cmap="gray", **frame)
     axis.set_title(title, fontsize=9)
     axis.axis("off")
-    if heat is not None:  # where it is 0 the film shows
-        axis.imshow(heat, cmap="autumn", alpha=0.6 * np.clip(heat, 0, 1), vmin=0, vmax=1, **frame)
+    if heat is not None:
+        heat = heat / max(heat.max(), 1e-12)  # where it is 0 the film shows
+        axis.imshow(heat, cmap="autumn", alpha=0.6 * heat, vmin=0, vmax=1, **frame)
         y, x = np.unravel_index(heat.argmax(), heat.shape)
         axis.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="lime")
-    for values, at, colour in ((region, level, "yellow"), (mask, 0.5, "cyan")):
-        if values is not None:
+    for values, at, colour in ((heat, level, "yellow"), (region, 0.5, "yellow"), (mask, 0.5, "cyan")):
+        if values is not None and at is not None:
             outline(axis, values, at, colour)
 
 
@@ -70,16 +71,17 @@ def show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies, **st
     return axis.imshow(matrix[rows][:, columns], aspect="auto", vmin=0, **style)
 
 
-def draw_walk(path, film, y, pathologies, anatomies):
-    """A phantom, its findings, and what of y [n,m] (1, 0, -1 not mentioned) its report mentions."""
+def draw_walk(path, film, findings, y, pathologies, anatomies):
+    """A film [S,S], its findings (phantom.Finding), and the rows and columns of y [n,m] (1, 0, -1
+    not mentioned) that its report mentions."""
     rows, columns = np.flatnonzero((y >= 0).any(1)), np.flatnonzero((y >= 0).any(0))
     figure, [[plain, outlined, matrix]] = canvas(1, 3, 10 + 0.3 * len(columns), 4.5)
-    show_film(plain, film.image, "film")
-    show_film(outlined, film.image, "findings")
-    for k, finding in enumerate(film.findings):
+    show_film(plain, film, "film")
+    show_film(outlined, film, "findings")
+    for k, finding in enumerate(findings):
         outline(outlined, finding.mask, 0.5, COLOURS(k))
-        left, top = np.array(finding.box[:2]) / len(film.image)
-        outlined.text(left, top, f"{finding.pathology}, {finding.anatomy}", color=COLOURS(k))
+        left, top = np.array(finding.box[:2]) / len(film)
+        outlined.text(left, top, finding.pathology, color=COLOURS(k), fontsize=8)
     show_matrix(matrix, "report: red present (1), blue denied (0)", np.ma.masked_less(y, 0), rows,
                 columns, pathologies, anatomies, vmax=1, cmap="coolwarm")  # masked cells are white
     finish(figure, path)

@@ -24,9 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
@@ -37,14 +35,14 @@ from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, run
 from metrics import (THRESHOLDS, bootstrap_ci, classification_scores, dice_scores, nearest,
                      scores_with_intervals)
-from resunet import FineTuned, load_finetuned  # noqa: F401
+from resunet import build, load_finetuned  # noqa: F401
 from train import learning_rate
 
 PAPER = dict(batch_size=64, weight_decay=5e-4, min_lr=1e-5, min_steps=1, backbone="resnet50",
              image_size=224)
 SMALL = dict(backbone="small", image_size=64)
-# Of flags that are left out: Table II, then what two CPU cores finish in minutes. A run has at least
-# min_steps steps, whatever the epochs; lr is the peak of the cosine, min_lr its two ends.
+# Values of flags that are left out: Table II, then what two CPU cores finish in minutes. Epochs are
+# added until there are min_steps steps; the learning rate rises from min_lr to lr and falls again.
 SETTINGS = {
     "classification": dict(PAPER, epochs=100, lr=1e-4, warmup_epochs=20),
     "segmentation": dict(PAPER, epochs=1000, lr=1e-5, warmup_epochs=50),
@@ -115,9 +113,10 @@ class Images(Dataset):
     def __init__(self, table, rows, targets, size, augment=False):
         self.table, self.rows, self.targets, self.size = table, rows, targets, size
         self.patients, self.augment = np.array(table.patients)[rows], augment
-        self.move = v2.Compose([  # mirroring is safe: no label and no mask here says left or right
-            v2.Resize([size, size]), v2.RandomHorizontalFlip(),
-            v2.RandomAffine(10, (0.1, 0.1), (1, 1.4), interpolation=v2.InterpolationMode.BILINEAR)])
+        affine = v2.RandomAffine(degrees=5, translate=(0.05, 0.05), scale=(1, 1.2),
+                                 interpolation=v2.InterpolationMode.BILINEAR)
+        # mirroring is safe: no label and no mask here says left or right
+        self.move = v2.Compose([v2.Resize([size, size]), v2.RandomHorizontalFlip(), affine])
 
     def __len__(self):
         return len(self.rows)
@@ -181,25 +180,6 @@ def nested_subset(patients, present, ratio, seed):
     count = max(1, round(ratio * len(names)))
     chosen = [who for _, _, who in sorted(queue)[:count]]
     return np.flatnonzero(np.isin(patient, chosen))
-
-
-# ------------------------------------------------------------------------------------------ network
-
-def build(args, labels, model, rate):
-    """A network on the encoder that --init asks for; its head starts at the rate of positives."""
-    net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
-    *_, last = net.head.modules()
-    nn.init.constant_(last.bias, torch.logit(rate.clamp(0.001, 0.999)))
-    if args.init == "pretrained":
-        net.backbone.load_state_dict(model.backbone.state_dict())
-    elif args.init == "imagenet":
-        try:
-            resnet = torchvision.models.get_model(args.backbone, weights="IMAGENET1K_V1")
-        except (OSError, ValueError) as error:
-            raise InputError(f"no ImageNet weights of {args.backbone} ({error}); take another "
-                             "--backbone or --init") from None
-        net.backbone.load_state_dict(nn.Sequential(*list(resnet.children())[:7]).state_dict())
-    return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -345,13 +325,13 @@ def one_run(args, seed, labels, train, held, test, model):
 
 
 def draw(path, scores, arrays, test):
-    """The classes' AUROC and ROC curves, or the first test images with a mask, not the best."""
+    """AUROC and ROC curve of each class, or the first test images with a mask, not the best."""
     names, truth, answers = arrays["names"], arrays["labels"], arrays["scores"]
     if "per_class" in scores:
         figures.draw_classes(path, scores["per_class"], names, truth, answers)
     else:
-        examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k], arrays["ids"][k])
-                    for k in np.flatnonzero(truth.any((1, 2)))[:8]]
+        examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
+                     arrays["ids"][k][-24:]) for k in np.flatnonzero(truth.any((1, 2)))[:8]]
         figures.draw_masks(path, examples, names[0])
 
 
@@ -387,8 +367,9 @@ def main(args):
     if args.seeds > 1:
         key = "auroc" if args.task == "classification" else "dice"
         values = [run[key] for run in runs]
-        result |= {f"{key}_mean": np.mean(values), f"{key}_std": np.std(values, ddof=1)}
-        print(f"{key}: {np.mean(values):.4f} +- {np.std(values, ddof=1):.4f} over {args.seeds} seeds")
+        spread = {f"{key}_mean": np.mean(values), f"{key}_std": np.std(values, ddof=1)}
+        show(spread, f"over {args.seeds} seeds, ")
+        result |= spread
     with atomic(f"{stem}.json") as draft:
         draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
     with atomic(f"{stem}_curve.png") as draft:

@@ -30,7 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import Parser, run
+from cli import InputError, Parser, run
 from text import PATHOLOGIES, Triplet, bucket, landmark, stem, vocabulary_rows
 
 # --------------------------------------------------------------- sections and sentences of a report
@@ -306,7 +306,8 @@ def main(args):
     from formats.openi import OPENI, reports
     sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
     indexed, asserted, same_side, errors = [], [], [], collections.Counter()
-    for record in reports(args.root):
+    problems = []
+    for record in reports(args.root, problems):
         triplets = extract_triplets(record["report"])
         for label, headings in OPENI.items():
             terms = [term for term in record["terms"] if term.split("/")[0] in headings]
@@ -318,12 +319,17 @@ def main(args):
                 same_side.append(sides(terms) == sides(places))
             if bool(terms) != bool(places):
                 errors[label, "not asserted" if terms else "not indexed"] += 1
+    if not indexed:
+        raise InputError(f"no Open-i report in {args.root}: it should hold ecgen-radiology/*.xml or "
+                         "NLMCXR_reports.tgz")
     shape = (-1, len(OPENI))                                        # [N,L]
     print(classification_report(np.reshape(indexed, shape), np.reshape(asserted, shape),
                                 target_names=list(OPENI), digits=3, zero_division=0))
     print(f"side right in {np.mean(same_side):.3f} of {len(same_side)}; commonest errors:")
     for (label, kind), count in errors.most_common(5):
         print(f"{count:4d} {label} {kind}")
+    for kind, what in problems:
+        print(f"{kind}: {what}")
 
 
 if __name__ == "__main__":

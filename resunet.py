@@ -2,13 +2,11 @@
 
     from finetune import load_finetuned
     net = load_finetuned("out/finetune-siim-segmentation.pt")
-
-The decoder differs from the usual one in its width, which is the same at every level: on phantoms
-as good as widths that double, in half of the time.
 """
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 
 from checkpoint import read_checkpoint
 from cli import InputError
@@ -18,28 +16,36 @@ CHANNELS = {  # of the backbone's last map at 1/2, 1/4, 1/8, 1/16 of the image's
     "small": (32, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
 
 
-class Decoder(nn.Module):
-    """The way up from 1/16 to 1/2 of the image's size, where each place answers for its four pixels.
+def block(channels_in, channels_out, kernel=1, stride=1, padding=0):
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(),
+                         Residual(channels_out))
 
-    Below a backbone that stops before 1/16, as `small` does, its last map is pooled: a decoder must
-    see more of the chest than a piece of its wall.
+
+class Decoder(nn.Module):
+    """The way up of a ResUNet to 1/2 of the image's size, where each place answers for 4 pixels.
+
+    A backbone that stops before 1/16, as `small` does, is continued to there: a decoder must see
+    more of the chest than a piece of its wall.
     """
 
     def __init__(self, channels):
         super().__init__()
-        width, below = channels[0] // 2, 0
-        channels = [*channels, channels[-1], channels[-1]]
-        self.up = nn.ModuleList()
+        base, channels, below = channels[0] // 4, list(channels), 0
+        widths = (2 * base, 4 * base, 8 * base, 8 * base)  # at 1/2, 1/4, 1/8, 1/16
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        while len(channels) < 4:
+            width = widths[len(channels)]
+            self.down.append(block(channels[-1], width, 4, 2, 1))
+            channels.append(width)
         for level in (3, 2, 1, 0):
-            self.up.append(nn.Sequential(
-                nn.Conv2d(channels[level] + below, width, 1, bias=False), nn.BatchNorm2d(width),
-                nn.ReLU(), Residual(width)))
-            below = width
-        self.last = nn.Conv2d(width, 4, 1)
+            self.up.append(block(channels[level] + below, widths[level]))
+            below = widths[level]
+        self.last = nn.Conv2d(below, 4, 1)
 
     def forward(self, maps):  # [B,c,H/2,W/2], [B,c,H/4,W/4], ...
-        while len(maps) < 4:
-            maps = [*maps, F.avg_pool2d(maps[-1], 2)]
+        for layer in self.down:
+            maps = [*maps, layer(maps[-1])]
         x = self.up[0](maps[3])                                                 # [B,c,H/16,W/16]
         for layer, level in zip(self.up[1:], (2, 1, 0)):
             x = layer(torch.cat([maps[level], F.interpolate(x, scale_factor=2)], 1))
@@ -76,6 +82,23 @@ class FineTuned(nn.Module):
 
     def forward(self, images):
         return self.head(self.features(images))
+
+
+def build(args, labels, model, rate):
+    """A network on the encoder that --init asks for; its head starts at the rate of positives."""
+    net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
+    last_layer = list(net.head.modules())[-1]
+    nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
+    if args.init == "pretrained":
+        net.backbone.load_state_dict(model.backbone.state_dict())
+    elif args.init == "imagenet":
+        try:
+            resnet = torchvision.models.get_model(args.backbone, weights="IMAGENET1K_V1")
+        except (OSError, ValueError) as error:
+            raise InputError(f"no ImageNet weights of {args.backbone} ({error}); take another "
+                             "--backbone or --init") from None
+        net.backbone.load_state_dict(nn.Sequential(*list(resnet.children())[:7]).state_dict())
+    return net.to(args.device, memory_format=torch.channels_last).eval()
 
 
 def load_finetuned(path, map_location="cpu"):

@@ -15,6 +15,7 @@ import figures
 import phantom
 from cli import Parser, number, run
 from data import to_input
+from formats.images import read_image
 from losses import image_labels, medslip_loss
 from model import MeDSLIP, MeDSLIPConfig, position_embedding
 from reports import extract_triplets
@@ -110,18 +111,23 @@ def sum_losses(out, y, p_text, a_text):
 
 @torch.no_grad()
 def main(args):
-    film = phantom.draw_film((args.seed, 1, 0))
-    y = read_report(film.report)
+    out_dir = Path(args.out_dir)
+    film = phantom.plan(1, args.seed, size=64, places=0.27, world="easy")[0]
+    film.image, film.report = str(out_dir / "walk.jpg"), str(out_dir / "walk.txt")
+    film.keep_masks = True  # for the picture
+    phantom.make_and_save(film)
+    pixels = read_image(film.image, 64)                                         # [64,64]
+    y = read_report(Path(film.report).read_text())                              # [1,n,m]
     p_text, a_text = encode_prompts()
     torch.manual_seed(args.seed)
     model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=96, layers=2, position=True,
                                   existence="evidence")).eval()
-    image = to_input(torch.tensor(film.image)[None], 64)
+    image = to_input(torch.tensor(pixels)[None], 64)                            # [1,3,64,64]
     encode_image(model, image)
     sum_losses(ask(model, image, p_text, a_text), y, p_text, a_text)
-    path = Path(args.out_dir, "walk.png")
-    figures.draw_walk(path, film, y[0].numpy(), PATHOLOGIES, ANATOMIES)
-    print(f"the film, its findings and its matrix: {path}")
+    figures.draw_walk(out_dir / "walk.png", pixels, film.findings, y[0].numpy(), PATHOLOGIES,
+                      ANATOMIES)
+    print(f"the film, its findings and its matrix: {out_dir / 'walk.png'}")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python phantom.py --layout nih --root /tmp/nih --count 20 --size 64    # write
     python data.py --dataset nih --root /tmp/nih --check                   # read, list the problems
 
-Each has NAME; GET, where to get it; FILES, of which one lies at its root; SHARES of train and
-validate where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; and
+Each has GET, where to get it; FILES, of which one lies at its root; SHARES of train and validate
+where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; and
     read(root, views, labels) -> (label names, [Item], [(kind, what) of each problem])
     write(root, films, draw)     names each film's files, has them drawn, writes the label files
 """
@@ -13,7 +13,6 @@ import csv
 import glob
 import gzip
 import io
-import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -82,11 +81,8 @@ def csv_rows(path):
         else:
             raw = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
         with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
-            rows = csv.reader(file)
-            header = [name.strip() for name in next(rows, [])]
-            for cells in filter(None, rows):
-                cells += [""] * (len(header) - len(cells))  # a row may be cut off
-                yield dict(zip(header, map(str.strip, cells)))
+            for row in csv.DictReader(file, restval=""):  # a row may be cut off
+                yield {name.strip(): cell.strip() for name, cell in row.items() if name}
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
@@ -95,22 +91,21 @@ def paths_by_stem(root):
     """{file name without its ending: path relative to root} of all images below root."""
     found = {}
     for path in sorted(glob.glob("**/*.*", root_dir=root, recursive=True)):
-        stem, ending = os.path.splitext(os.path.basename(path))
-        if ending.lower() in (".jpg", ".jpeg", ".png", ".dcm"):
-            found.setdefault(stem, path)
+        if path.lower().endswith((".jpg", ".jpeg", ".png", ".dcm")):
+            found.setdefault(Path(path).stem, path)
     return found
 
 
 def box(label, sides, width, height):
     """(label, x, y, width, height) in fractions of a frame. ValueError if `sides` are no box."""
     x, y, w, h = map(float, sides)
-    if not (x >= 0 and y >= 0 and w > 0 and h > 0):  # also if one is nan
+    if not (x >= 0 and y >= 0 and w > 0 and h > 0):  # or one is nan
         raise ValueError(f"no box: {sides}")
-    return label, x / width, y / height, w / width, h / height
+    return label, x / float(width), y / float(height), w / float(width), h / float(height)
 
 
 def write_text(path, text):
-    """Gzipped if the name ends so, without a time stamp: the same text gives the same bytes."""
+    """Gzipped if the name ends so; without its time stamp the same text gives the same bytes."""
     path, data = Path(path), text.encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)

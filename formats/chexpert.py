@@ -1,8 +1,7 @@
 """CheXpert, full or small, and its test release.
 
     CheXpert-v1.0-small/  train.csv valid.csv        Path,Sex,Age,Frontal/Lateral,AP/PA, 14 labels
-    (or CheXpert-v1.0/)   train/patient00001/study1/view1_frontal.jpg  view2_lateral.jpg ...
-                          valid/patient64541/study1/view1_frontal.jpg ...
+    (or CheXpert-v1.0/)   train/patient00001/study1/view1_frontal.jpg  view2_lateral.jpg  valid/...
     CheXpert/             val_labels.csv test_labels.csv  val/ test/      Path, 14 labels
                           or groundtruth.csv, a row per study             Study, 14 labels
 
@@ -15,11 +14,9 @@ from pathlib import Path
 
 from formats import BLANK, Item, csv_rows, find, skip_if_bad, write_csv
 
-NAME = "CheXpert"
 FILES = ("train.csv", "valid.csv", "val_labels.csv")
 GET = "https://stanfordmlgroup.github.io/competitions/chexpert"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "frontal", 390
-
 LABELS = {  # in the order of the csv: what phantom.py draws for each
     "No Finding": set(), "Enlarged Cardiomediastinum": set(), "Cardiomegaly": {"cardiomegaly"},
     "Lung Opacity": {"opacity"}, "Lung Lesion": {"nodule", "mass"}, "Edema": {"edema"},
@@ -32,7 +29,7 @@ VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1, "": BLANK}  #
 
 
 def label_values(row):
-    """The 14 labels of a csv row. KeyError where a cell holds something else."""
+    """The 14 labels of a csv row; KeyError where a cell holds something else."""
     return tuple(VALUE[row.get(label, "")] for label in LABELS)
 
 
@@ -70,20 +67,16 @@ def said(mentions):
 
 
 def write(root, films, draw):
-    """A labeller's cells in train; a radiologist's, who sees what is drawn, in valid."""
     rows = {"train": [], "valid": []}
     for f in films:
-        part, first = ("train", 1) if f.split == "train" else ("valid", 64541)
-        f.person = f"CheXpert-v1.0-small/{part}/patient{f.patient + first:05d}"
+        part = "train" if f.split == "train" else "valid"
+        f.person = f"CheXpert-v1.0-small/{part}/patient{f.patient + 1:05d}"
         f.image = f"{root}/{f.person}/study{f.visit + 1}/view1_frontal.jpg"
         f.shape = (f.size, round(0.82 * f.size))
     for f in draw(films):
-        part, path = f.person.split("/")[1], Path(f.image).relative_to(root)
-        cells = said(f.mentions)
-        if part == "valid":
-            drawn = {finding.pathology for finding in f.findings}
-            cells = {label: float(bool(looks & drawn)) for label, looks in LABELS.items()}
-            cells["No Finding"] = float(drawn <= {"tube"})
-        rows[part].append((path, *cells.values()))
+        part, mentions = f.person.split("/")[1], f.mentions
+        if part == "valid":  # a radiologist sees what is drawn
+            mentions = {finding.pathology: 1 for finding in f.findings}
+        rows[part].append((Path(f.image).relative_to(root), *said(mentions).values()))
     for part in rows:
         write_csv(f"{root}/CheXpert-v1.0-small/{part}.csv", "Path," + ",".join(LABELS), rows[part])

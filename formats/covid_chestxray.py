@@ -7,19 +7,18 @@
         structure.csv        ...,Class,...,Filename,...,Mask,Resolution,Top,Left,Width,Height,...
         masks/<name>.png     findings, lungs and heart of 97 images, drawn by radiologists in colour
 
-Traps: some rows are CT; findings are joined by commas, in later snapshots by slashes; structure.csv
-has the stem of a filename but not always its ending; patients have several images. There is no
-split. The masks are large, so a fixed box scores well: compare with the trivial answers.
+Traps: some rows are CT; structure.csv has the stem of a filename but not always its ending. The
+masks are large, so a fixed box scores well: compare with the trivial answers.
 """
 import collections
 from pathlib import Path
 
 from formats import Item, Mask, csv_rows, find, skip_if_bad, write_csv
 
-NAME = "covid-chestxray-dataset"
 FILES = ("metadata.csv",)
 GET = "git clone https://github.com/ieee8023/covid-chestxray-dataset"
 SHARES, VIEWS, SIZE = (0.6, 0.1), "frontal", 448
+FRONTAL = ("PA", "AP", "AP Supine")
 LABELS = ["COVID-19", "Pneumonia", "No Finding"]
 MASKS = "covid-19-chest-xray-segmentations-dataset"  # the folder of the radiologists' masks
 CLASSES = {  # class of such a mask: label
@@ -38,7 +37,7 @@ def radiologists_masks(root, problems):
             width, height = map(int, row["Resolution"].split("x"))
             place = (int(row["Left"]) / width, int(row["Top"]) / height,
                      int(row["Width"]) / width, int(row["Height"]) / height)
-            if label:  # only the name of a mask counts: it must not lead out of the folder
+            if label:  # of the path only the name counts: it must not lead out of the folder
                 path = f"{folder}/masks/{Path(row['Mask']).name}"
                 found.append(Mask(label, "crop", path, place))
     return masks
@@ -49,8 +48,7 @@ def read(root, views, labels):
     drawn = radiologists_masks(root, problems)
     for row in csv_rows(find(root, *FILES)):
         name, stem, finding = row["filename"], Path(row["filename"]).stem, row["finding"].lower()
-        frontal = row["view"] in ("PA", "AP", "AP Supine")
-        if row["modality"] != "X-ray" or not (frontal or views == "all"):
+        if row["modality"] != "X-ray" or views != "all" and row["view"] not in FRONTAL:
             continue
         with skip_if_bad(problems, name):
             if not name or finding in ("", "todo", "unknown"):
@@ -58,8 +56,7 @@ def read(root, views, labels):
             # ARDS names a course of illness; every other entry of this collection is a pneumonia
             values = (int("covid-19" in finding), int(finding not in ("no finding", "ards")),
                       int(finding == "no finding"))
-            lungs = f"annotations/lungVAE-masks/{stem}_mask.png"
-            masks, absent = None, None
+            masks, absent, lungs = None, None, f"annotations/lungVAE-masks/{stem}_mask.png"
             if stem in drawn:
                 masks = tuple(drawn[stem])
                 seen = {mask.label for mask in masks}
@@ -72,7 +69,6 @@ def read(root, views, labels):
 
 
 def write(root, films, draw):
-    """With lung masks of every other image."""
     for f in films:
         f.among, f.sure = ["pneumonia"], ("covid-19", 0.6)
         f.image = f"{root}/images/phantom-{f.patient}-{f.visit}.png"
@@ -80,9 +76,8 @@ def write(root, films, draw):
             f.lungs = f"{root}/annotations/lungVAE-masks/phantom-{f.patient}-{f.visit}_mask.png"
     rows = []
     for f in draw(films):
-        drawn = {found.pathology for found in f.findings}
-        finding = "/".join(sorted(drawn)) or "No Finding"
+        finding = "/".join(found.pathology for found in f.findings) or "No Finding"
         said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
-        rows.append((f.patient + 1, finding, f.view, "X-ray", Path(f.image).name, said))
-    write_csv(f"{root}/metadata.csv", "patientid,finding,view,modality,filename,clinical_notes",
-              rows)
+        rows.append((f.patient, finding, f.view, "X-ray", Path(f.image).name, said))
+    header = "patientid,finding,view,modality,filename,clinical_notes"
+    write_csv(f"{root}/metadata.csv", header, rows)

@@ -12,12 +12,11 @@ import re
 
 from formats import Item, find, write_text
 
-NAME = "COVIDx"
 FILES = ("test*.txt",)
 GET = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 256
 LABELS = ["COVID-19"]
-LINE = re.compile(r"(.+?)\s+(\S+)\s+(positive|negative|covid-19|pneumonia|normal)(\s+\S+)?\s*", re.I)
+LINE = re.compile(r"(.+?) +(\S+) +(positive|negative|covid-19|pneumonia|normal)( +\S+)? *", re.I)
 
 
 def read(root, views, labels):
@@ -39,11 +38,11 @@ def read(root, views, labels):
 def write(root, films, draw):
     lists = {"train": "", "val": "", "test": ""}
     for f in films:
-        f.sure, f.person = ("covid-19", 0.5), f"{419639 + f.patient}-{f.patient:06d}"
-        f.image = f"{root}/{f.split.replace('validate', 'val')}/{f.person}-{f.visit}.png"
+        f.sure = ("covid-19", 0.5)
+        f.image = f"{root}/{f.split.replace('validate', 'val')}/{f.patient}-{f.visit}.png"
     for f in draw(films):
         folder, name = f.image.split("/")[-2:]
         sick = any(finding.pathology == "covid-19" for finding in f.findings)
-        lists[folder] += f"{f.person} {name} {'positive' if sick else 'negative'} ricord\n"
+        lists[folder] += f"{f.patient} {name} {'positive' if sick else 'negative'} ricord\n"
     for folder, lines in lists.items():
         write_text(f"{root}/{folder}.txt", lines)

@@ -1,8 +1,4 @@
-"""Image and mask files: PNG, JPEG and DICOM to grey pixels, four kinds of masks to booleans.
-
-    from formats.images import read_image
-    pixels = read_image("chest.dcm")          # uint8 [H,W], bright is dense
-"""
+"""Image and mask files: PNG, JPEG and DICOM to grey pixels, four kinds of masks to booleans."""
 import os
 from pathlib import Path
 
@@ -44,7 +40,7 @@ def to_bytes(pixels):
 
 
 def trouble(path):
-    """In one word why a file cannot be used."""
+    """Why a file cannot be used, in a word."""
     if not os.path.isfile(path):
         return "missing"
     if not os.access(path, os.R_OK):
@@ -64,7 +60,7 @@ def read_mask(root, mask):
         return read_image(path) > 127
     if mask.kind == "bit":
         return (read_image(path) >> mask.place) & 1 > 0
-    # "crop": a part of the film, drawn in any colour on black
+    # "crop": a part of the film, in any colour on black
     part = Image.fromarray(np.asarray(Image.open(path).convert("RGB")).max(-1) > 0)
     x, y, width, height = mask.place
     film = Image.new("1", (round(part.width / width), round(part.height / height)))

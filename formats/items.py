@@ -1,8 +1,4 @@
-"""From a folder to checked Items: which format reads it, where it lies, its splits and labels.
-
-    from formats.items import FORMATS, read_items
-    names, items, problems = read_items("nih", "data/nih", "all", None)
-"""
+"""From a folder to checked Items: which format reads it, where it lies, its splits and labels."""
 import hashlib
 import os
 from pathlib import Path
@@ -19,13 +15,13 @@ FORMATS = {"synthetic": mimic, "mimic": mimic, "nih": nih, "rsna": rsna, "siim":
 
 
 def find_root(dataset, root):
-    """`root`, or the one folder in it that an archive unpacked into, by the label file it holds."""
+    """`root`, or the folder in it that an archive unpacked into, by the label file it holds."""
     source, root = FORMATS[dataset], Path(root)
     for folder in [root, *sorted(root.glob("*/"))]:
         if find(folder, *source.FILES):
             return str(folder)
     layout = "mimic" if dataset == "synthetic" else dataset
-    raise InputError(f"no {source.NAME} data at {root}: looked for {' or '.join(source.FILES)} "
+    raise InputError(f"no {dataset} data at {root}: looked for {' or '.join(source.FILES)} "
                      f"there and one folder down. Get it: {source.GET}; or rehearse: python "
                      f"phantom.py --layout {layout} --root {root} --count 200")
 
@@ -50,10 +46,6 @@ def read_items(dataset, root, views, labels):
     return names, list(kept.values()), problems
 
 
-# what GLoRIA and MGCA make of an uncertain label
-GLORIA = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0, "Consolidation": 0}
-
-
 def settle_labels(items, names, uncertain):
     """int8 [N,L] in 1, 0, -1 unknown. Blank counts as absent, as is customary."""
     labels = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
@@ -61,7 +53,9 @@ def settle_labels(items, names, uncertain):
     labels[labels == UNKNOWN] = -1
     labels[labels == BLANK] = 0
     for column, name in enumerate(names):
-        value = {"ignore": -1, "zeros": 0, "ones": 1, "gloria": GLORIA.get(name, -1)}[uncertain]
+        gloria = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0,
+                  "Consolidation": 0}.get(name, -1)  # as in GLoRIA and MGCA
+        value = {"ignore": -1, "zeros": 0, "ones": 1, "gloria": gloria}[uncertain]
         labels[doubtful[:, column], column] = value
     return labels
 
@@ -69,16 +63,15 @@ def settle_labels(items, names, uncertain):
 def draw_split(patient, train, validate):
     """train, validate or test, from a hash of the patient's id: the same for everybody, whatever
     part of the data set they have."""
-    digest = hashlib.sha256(f"0/{patient}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
+    u = int(hashlib.sha256(f"0/{patient}".encode()).hexdigest()[:16], 16) / 2**64
     if u < train:
         return "train"
     return "validate" if u < train + validate else "test"
 
 
 def settle_splits(items, shares):
-    """(array of each item's split, how it was made): the publisher's where there is one, else by
-    patient. A missing validation part is carved out of the publisher's training patients."""
+    """(array of each item's split, how it was made): the publisher's, else by patient. A missing
+    validation part is carved out of the publisher's training patients."""
     train, validate = shares
     splits, source = [item.split for item in items], "the publisher's"
     if not any(splits):

@@ -19,7 +19,6 @@ from cli import InputError
 from formats import UNKNOWN, Item, Mask, box, csv_rows, find, skip_if_bad, write_csv
 from formats.chexpert import LABELS, label_values, said
 
-NAME = "MIMIC-CXR-JPG"
 FILES = ("mimic-cxr-2.0.0-split.csv",)
 GET = "https://physionet.org/content/mimic-cxr-jpg, its reports /content/mimic-cxr (credentialed)"
 SHARES, VIEWS, SIZE = (0.8, 0.1), "all", 64   # the published run took all views
@@ -27,12 +26,10 @@ SHARES, VIEWS, SIZE = (0.8, 0.1), "all", 64   # the published run took all views
 
 def read_labels(root, labels, problems):
     """{study: its 14 labels} of one label file."""
-    name = f"mimic-cxr-2.0.0-{labels}.csv"
-    if labels == "manual":
-        name = "mimic-cxr-2.1.0-test-set-labeled.csv"
-    table, values = find(root, name), {}
+    kind = "test-set-labeled" if labels == "manual" else labels
+    table, values = find(root, f"mimic-cxr-2.?.0-{kind}.csv"), {}
     if table is None and labels in ("negbio", "manual"):
-        raise InputError(f"{root} lacks {name}; --labels chexpert needs none")
+        raise InputError(f"{root} lacks mimic-cxr-*-{kind}.csv; leave --labels out")
     for row in csv_rows(table):
         row.setdefault("Lung Opacity", row.get("Airspace Opacity", ""))
         with skip_if_bad(problems, f"labels of study {row['study_id']}"):
@@ -42,13 +39,13 @@ def read_labels(root, labels, problems):
 
 def with_findings(item, rows, width, height):
     """The item with its rows of boxes.csv."""
-    boxes, masks = [], []
+    boxes, masks, truth = (), (), ()
     for row in rows:
-        sides = row["x"], row["y"], row["width"], row["height"]
-        boxes.append(box(row["pathology"], sides, float(width), float(height)))
-        masks.append(Mask(row["pathology"], "bit", f"masks/{item.id}.png", int(row["finding"])))
-    truth = tuple((row["pathology"], row["anatomy"]) for row in rows)
-    return item._replace(boxes=tuple(boxes), masks=tuple(masks), truth=truth)
+        label, sides = row["pathology"], (row["x"], row["y"], row["width"], row["height"])
+        boxes += (box(label, sides, width, height),)
+        masks += (Mask(label, "bit", f"masks/{item.id}.png", int(row["finding"])),)
+        truth += ((label, row["anatomy"]),)
+    return item._replace(boxes=boxes, masks=masks, truth=truth)
 
 
 def read(root, views, labels):

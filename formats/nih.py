@@ -14,11 +14,9 @@ from pathlib import Path
 
 from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad, write_csv, write_text
 
-NAME = "NIH ChestX-ray14"
 FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 GET = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
-SHARES, VIEWS, SIZE = (0.7, 0.1), "all", 1024
-FRAME = 1024  # boxes are in its pixels
+SHARES, VIEWS, SIZE = (0.7, 0.1), "all", 1024  # boxes are in pixels of this size
 
 BOXED = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
          "Pneumothorax"]  # the labels that have boxes
@@ -33,7 +31,7 @@ def read(root, views, labels):
         with skip_if_bad(problems, f"box of {row['Image Index']}"):
             label = row["Finding Label"].replace("Infiltrate", "Infiltration")
             sides = row["Bbox [x"], row["y"], row["w"], row["h]"]
-            boxes[row["Image Index"]].append(box(label, sides, FRAME, FRAME))
+            boxes[row["Image Index"]].append(box(label, sides, SIZE, SIZE))
     for row in csv_rows(find(root, *FILES)):
         name, found = row["Image Index"], set(row["Finding Labels"].split("|"))
         with skip_if_bad(problems, name):
@@ -61,7 +59,7 @@ def write(root, films, draw):
             found.add(label)
             if f.split == "test" and label in BOXED:
                 boxes.append((name, label.replace("Infiltration", "Infiltrate"),
-                              *(side * FRAME / f.size for side in finding.box)))
+                              *(side * SIZE / f.size for side in finding.box)))
         if f.split == "test":
             tests.append(name)
         labels = [label for label in LABELS if label in found] or ["No Finding"]

@@ -6,8 +6,8 @@
             indiana_projections.csv        uid,filename,projection; images/images_normalized/
 
 Labels are the index terms that people gave each report, by the part before the first slash:
-Opacity/lung/upper lobe/right. Traps: some reports have no images; the XML does not tell the view,
-so without nlmcxr_dicom_metadata.csv lateral views are read, too. There is no split.
+Opacity/lung/upper lobe/right. Trap: the XML does not tell the view, so without
+nlmcxr_dicom_metadata.csv lateral views are read, too. There is no split.
 """
 import collections
 import html
@@ -19,7 +19,6 @@ from xml.etree import ElementTree
 from cli import InputError
 from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
 
-NAME = "Open-i"
 FILES = ("ecgen-radiology", "indiana_reports.csv", "NLMCXR_reports*.tgz")
 GET = "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "frontal", 512
@@ -37,10 +36,10 @@ LABELS = list(OPENI)
 
 def xml_files(root):
     """Yield the (name, content) of each XML file of the NLM's."""
-    folder, archive = find(root, "ecgen-radiology"), find(root, "NLMCXR_reports*.tgz")
-    if folder:
-        for path in sorted(folder.glob("*.xml")):
-            yield path.name, path.read_bytes()
+    archive = find(root, "NLMCXR_reports*.tgz")
+    for path in sorted(Path(root, "ecgen-radiology").glob("*.xml")):
+        yield path.name, path.read_bytes()
+    if find(root, "ecgen-radiology") or archive is None:
         return
     try:
         with tarfile.open(archive) as tar:
@@ -82,25 +81,24 @@ def read(root, views, labels):
     kaggle = find(root, "indiana_reports.csv")
     for report in kaggle_reports(root, views) if kaggle else reports(root, problems):
         heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}
-        values = tuple(int(bool(heads & set(terms))) for terms in OPENI.values())
-        if not heads:
-            values = (UNKNOWN,) * len(OPENI)
+        values = (UNKNOWN,) * len(OPENI)
+        if heads:
+            values = tuple(int(bool(heads & set(terms))) for terms in OPENI.values())
         for name in report["images"]:
             if views == "all" or view_of.get(name, "PA") in ("PA", "AP"):
-                items.append(Item(name, paths.get(name, f"images/{name}.png"),
+                items.append(Item(name, paths.get(name, f"{name}.png"),
                                   report["id"].removeprefix("CXR"), "", values,
                                   note=report["report"]))
     return LABELS, items, problems
 
 
 def write(root, films, draw):
-    """The NLM's tree."""
     for f in films:
-        f.person = f"CXR{f.index + 1}"
-        f.image = f"{root}/NLMCXR_png/{f.person}_IM-{f.index + 1:04d}-1001.png"
+        f.image = f"{root}/NLMCXR_png/CXR{f.index + 1}_IM-{f.index + 1:04d}-1001.png"
         f.shape = (round(f.size * 1.2), f.size)
     for f in draw(films):
-        lines = [f'<uId id="{f.person}"/>', f'<parentImage id="{Path(f.image).stem}"/>']
+        lines = [f'<eCitation><uId id="CXR{f.index + 1}"/>',
+                 f'<parentImage id="{Path(f.image).stem}"/>']
         for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
             said = html.escape(f.sections.get(part, "").replace("___", "XXXX"))
             lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
@@ -108,7 +106,5 @@ def write(root, films, draw):
         for found in stated:
             term = OPENI.get(found.pathology.capitalize(), [found.pathology])[0]
             lines.append(f"<major>{term}/{found.anatomy.replace('_', ' ')}</major>")
-        if not stated:
-            lines.append("<major>normal</major>")
-        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml",
-                   "\n".join(["<eCitation>", *lines, "</eCitation>"]))
+        lines.append("</eCitation>" if stated else "<major>normal</major></eCitation>")
+        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join(lines))

@@ -1,7 +1,5 @@
 """What takes long, done once: every image decoded to S x S pixels, every report read.
 
-    from formats.prepare import prepare_images, read_cells
-
 Kept in <root>/prepared-<S>-<digest of the list of images>/: images.npy uint8 [N,S,S] with
 state.npy int8 [N] (to do, ready, unusable), and the triplets in cells-<digest>.npz. A preparation
 that was killed goes on where it stopped; unusable images are tried again at the next load.
@@ -23,7 +21,7 @@ from formats.triplets import triplet_source
 TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
 
 
-def of_each(function, items):
+def apply(function, items):
     return [function(item) for item in items]
 
 
@@ -31,7 +29,7 @@ def in_workers(function, items, workers, title):
     """Yields function(item) of every item, in order, computed by `workers` processes."""
     few = len(items) < 256  # starting processes would take longer
     loader = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
-                        collate_fn=functools.partial(of_each, function))
+                        collate_fn=functools.partial(apply, function))
     try:
         for results in tqdm(loader, title, unit=" images", unit_scale=32, disable=few or None):
             yield from results
@@ -57,7 +55,16 @@ class Decode:
 def prepare_images(root, items, folder, size, workers, again=False):
     """Decodes what is not ready yet -> (images uint8 [N,S,S] memory-mapped, state [N], reasons)."""
     if not folder.exists():
-        create_arrays(folder, len(items), size)
+        # Under a name of its own first: of two processes one renames its folder, both take that.
+        draft = folder.with_name(f"{folder.name}.{os.getpid()}")
+        draft.mkdir(parents=True)
+        shape = len(items), size, size
+        np.lib.format.open_memmap(draft / "images.npy", "w+", np.uint8, shape)
+        np.save(draft / "state.npy", np.full(len(items), TO_DO, np.int8))
+        try:
+            draft.rename(folder)
+        except OSError:
+            shutil.rmtree(draft)
     images = np.load(folder / "images.npy", mmap_mode="r")
     state = np.load(folder / "state.npy", mmap_mode="r+")
     rows = np.arange(len(items)) if again else np.flatnonzero(state != READY)
@@ -73,19 +80,6 @@ def prepare_images(root, items, folder, size, workers, again=False):
                 file.write(pixels.tobytes())
                 state[row] = READY
     return images, state, reasons
-
-
-def create_arrays(folder, count, size):
-    """Makes the folder under a name of its own first: of two processes that start at the same time
-    one renames its folder and the other takes that."""
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}")
-    draft.mkdir(parents=True)
-    np.lib.format.open_memmap(draft / "images.npy", "w+", np.uint8, (count, size, size))
-    np.save(draft / "state.npy", np.full(count, TO_DO, np.int8))
-    try:
-        draft.rename(folder)
-    except OSError:
-        shutil.rmtree(draft)
 
 
 def read_cells(root, items, folder, triplets, workers):

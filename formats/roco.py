@@ -13,7 +13,6 @@ from pathlib import Path
 
 from formats import Item, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
 
-NAME = "ROCOv2"
 FILES = ("train_captions.csv", "test_captions.csv")
 GET = "https://zenodo.org/records/10821435"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 320

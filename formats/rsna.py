@@ -18,11 +18,9 @@ import numpy as np
 
 from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
 
-NAME = "RSNA Pneumonia"
 FILES = ("stage_2_train_labels.csv", "*rsna*test*.csv", "test.csv")
 GET = "kaggle competitions download -c rsna-pneumonia-detection-challenge"
-SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024
-FRAME = 1024  # boxes are in its pixels
+SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # boxes and masks are of this size
 LABELS = ["Pneumonia"]
 
 
@@ -50,7 +48,7 @@ def read(root, views, labels):
         if tests:
             split = "test" if name in tests else "train"
         with skip_if_bad(problems, f"box of {name}"):
-            located = tuple(box(LABELS[0], sides, FRAME, FRAME) for sides in found)
+            located = tuple(box(LABELS[0], sides, SIZE, SIZE) for sides in found)
             items.append(Item(name, path or f"stage_2_train_images/{name}.dcm", patient, split,
                               (int(bool(found)),), boxes=located))
     return LABELS, items, problems
@@ -88,7 +86,7 @@ def write(root, films, draw):
         found = [finding.box for finding in f.findings
                  if finding.pathology in ("pneumonia", "opacity", "consolidation")]
         for sides in found:
-            rows.append((f.person, *(float(round(side * FRAME / f.size)) for side in sides), 1))
+            rows.append((f.person, *(float(round(side * SIZE / f.size)) for side in sides), 1))
         if not found:
             rows.append((f.person, "", "", "", "", 0))
     write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target", rows)

@@ -17,18 +17,16 @@ import numpy as np
 from formats import Item, Mask, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
 from formats.rsna import name_films
 
-NAME = "SIIM-ACR Pneumothorax"
 FILES = ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv")
 GET = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
-SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024
-FRAME = 1024
+SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # boxes and masks are of this size
 LABELS = ["Pneumothorax"]
 
 
 def rle_mask(rle):
     """The Mask of an RLE; ValueError unless it is pairs of numbers that stay inside the image."""
     numbers = [int(number) for number in rle.split()]
-    if not numbers or len(numbers) % 2 or min(numbers) < 0 or sum(numbers) > FRAME ** 2:
+    if not numbers or len(numbers) % 2 or min(numbers) < 0 or sum(numbers) > SIZE ** 2:
         raise ValueError(rle)
     return Mask(LABELS[0], "rle", rle)
 
@@ -53,8 +51,8 @@ def read(root, views, labels):
 
 
 def encode(mask):
-    """The RLE of a bool [size,size] mask, enlarged to FRAME x FRAME."""
-    nearest = np.arange(FRAME) * len(mask) // FRAME
+    """The RLE of a bool [size,size] mask, enlarged to SIZE x SIZE."""
+    nearest = np.arange(SIZE) * len(mask) // SIZE
     flat = mask[nearest][:, nearest].T.reshape(-1).astype(np.int8)  # column by column
     edges = np.flatnonzero(np.diff(flat, prepend=0, append=0))      # start, end, start, end, ...
     return " ".join(map(str, np.diff(edges, prepend=0)))

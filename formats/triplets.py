@@ -1,8 +1,5 @@
 """Where triplets come from: the rules on a report's text, RadGraph's JSON, the published matrix.
 
-    from formats.triplets import triplet_source
-    source = triplet_source("rules", "data/mimic")    # an Item -> its [Triplet]
-
 A source gives the triplets of an Item, None where it has no report; `key` names what they are from.
 """
 import json
@@ -48,8 +45,8 @@ class RadGraphFile:
 
 
 class PublishedMatrix:
-    """Triplets from the published matrix (6.75 GB, memory-mapped) and its train.json, whose keys are
-    paths on the authors' disks: only the file name counts."""
+    """Triplets from the published matrix (6.75 GB, memory-mapped) and its train.json, whose keys
+    are paths on the authors' disks: only the file name counts."""
 
     def __init__(self, folder):
         path, self.rows = Path(folder, "landmark_observation_adj_mtx.npy"), {}

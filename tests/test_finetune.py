@@ -49,10 +49,8 @@ def test_a_small_share_holds_each_class_in_proportion():
     patients, kinds = np.repeat(list("abcdefghij"), 2), np.repeat(list("AABBBB----"), 2)
     present = np.stack([kinds == "A", (kinds == "B") | (patients == "a")], 1)
     fifth, half, whole = (finetune.nested_subset(patients, present, r, 0) for r in (0.2, 0.5, 1))
-    assert sorted(kinds[fifth]) == list("AABB")
-    assert sorted(kinds[half]) == list("--" "--" "AA" "BB" "BB")
-    assert len(set(patients[half])) == 5  # both films of a patient, or none
-    assert set(fifth) < set(half) < set(whole) and len(whole) == 20
+    assert sorted(kinds[fifth]) == list("AABB") and set(fifth) < set(half) < set(whole)
+    assert sorted(kinds[half]) == list("----AABBBB") and len(set(patients[half])) == 5
     assert set(half) != set(finetune.nested_subset(patients, present, 0.5, 2))
 
 
@@ -77,27 +75,22 @@ def test_masks_are_scored_by_pencil():
 
 def test_losses_by_pencil():
     """Labels: an unknown one is left out. Masks: p = 1/2 on 8 pixels, of which 2 are true."""
-    labels = torch.tensor([[1, -1], [0, 1]], dtype=torch.int8)
-    logits = torch.tensor([[0.0, 50.0], [0.0, np.log(3.0)]])
-    by_hand = (2 * np.log(2) + np.log(4 / 3)) / 3
-    assert finetune.loss_of(logits, labels).item() == pytest.approx(by_hand)
-    masks = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]]], dtype=torch.int8)
+    loss = finetune.loss_of(torch.tensor([[0.0, 50.0]]), torch.tensor([[1, -1]]))
+    assert loss.item() == pytest.approx(np.log(2))
+    masks = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]]])
     loss = finetune.loss_of(torch.zeros(2, 2, 2), masks)
     assert loss.item() == pytest.approx(np.log(2) + 1 - (2 * 1 + 1) / (4 + 2 + 1))
 
 
 def test_an_image_and_its_mask_move_together():
     """An image that is its own mask still is it afterwards, but for pixels on the edge."""
-    mask = np.zeros((48, 48), np.uint8)
-    mask[8:30, 20:44] = 1
-    table = Namespace(images=np.stack([255 * mask] * 16), patients=["p"] * 16)
-    targets = torch.from_numpy(mask.astype(np.int8)).repeat(16, 1, 1)
-    images = finetune.Images(table, np.arange(16), targets, 48, augment=True)
+    masks = np.zeros((16, 48, 48), np.uint8)
+    masks[:, 8:30, 20:44] = 1
+    table = Namespace(images=255 * masks, patients=["p"] * 16)
+    images = finetune.Images(table, np.arange(16), torch.from_numpy(masks), 48, augment=True)
     for k in range(16):
         image, moved = images[k]
-        middle = (image[0].min() + image[0].max()) / 2
-        assert ((image[0] > middle) == (moved == 1)).float().mean() > 0.99
-        assert not torch.equal(moved, targets[k])
+        assert ((image[0] > 0) == (moved == 1)).float().mean() > 0.99  # 0: middle grey
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -106,10 +99,9 @@ def test_frozen_is_frozen_to_the_last_bit(task, frozen):
     net = FineTuned(task, ["a", "b"], "small", 32, frozen).train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    for _ in range(2):
-        logits = net(torch.rand(4, 3, 32, 32))
-        finetune.loss_of(logits, (torch.rand_like(logits) > 0.5).to(torch.int8)).backward()
-        optimizer.step()
+    logits = net(torch.rand(4, 3, 32, 32))
+    finetune.loss_of(logits, (torch.rand_like(logits) > 0.5).float()).backward()
+    optimizer.step()
     changed = {name for name, value in net.state_dict().items() if not value.equal(before[name])}
     encoder = {name for name in before if name.startswith("backbone.")}
     assert any(name.startswith("head.") for name in changed)
@@ -118,8 +110,7 @@ def test_frozen_is_frozen_to_the_last_bit(task, frozen):
 
 def test_classification_of_nih(folder, tmp_path):
     result, arrays, net = run(folder, "nih", "classification", tmp_path, "--seeds", "2")
-    assert {"auroc", "f1", "acc", "auroc_ci95", "threshold", "per_class", "n", "customary",
-            "auroc_mean", "auroc_std"} <= set(result) and len(result["runs"]) == 2
+    assert {"auroc", "f1", "acc", "auroc_ci95", "threshold", "per_class", "n"} <= set(result)
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {
         f"nih_finetune-classification{end}" for end in (".json", ".npz", ".png", "_curve.png")}
     table = data.load("nih", str(folder / "nih"), workers=0)
@@ -129,17 +120,14 @@ def test_classification_of_nih(folder, tmp_path):
     assert np.allclose(again, arrays["scores"], atol=1e-5) and set(table.splits[rows]) == {"test"}
 
 
-def test_segmentation_of_siim_repeats(folder, tmp_path):
-    one, arrays, net = run(folder, "siim", "segmentation", tmp_path / "1", "--ratio", "0.5")
-    two, _, _ = run(folder, "siim", "segmentation", tmp_path / "2", "--ratio", "0.5")
-    assert one["curve"] == two["curve"] and one["dice"] == two["dice"]
-    assert arrays["scores"].shape[1:] == (32, 32) and net.config["labels"] == ["Pneumothorax"]
-
-
-def test_the_supervised_rival_trains_the_encoder(folder, tmp_path):
-    _, _, net = run(folder, "nih", "classification", tmp_path, "--init", "random", "--unfreeze",
-                    "--backbone", "small", "--image-size", "32")
-    assert net.backbone[0][1].num_batches_tracked > 0
+@pytest.mark.parametrize("dataset, task, flags", [
+    ("siim", "segmentation", ["--ratio", "0.5"]),
+    ("nih", "classification", ["--init", "random", "--unfreeze", "--backbone", "resnet18",
+                               "--image-size", "32"])])  # the supervised rival
+def test_a_run_repeats(folder, tmp_path, dataset, task, flags):
+    one, first, _ = run(folder, dataset, task, tmp_path / "one", *flags)
+    two, second, _ = run(folder, dataset, task, tmp_path / "two", *flags)
+    assert one["curve"] == two["curve"] and np.array_equal(first["scores"], second["scores"])
 
 
 @pytest.mark.parametrize("task, flags, words", [
