@@ -144,11 +144,13 @@ def pairs_of(model, out, anatomy_text):
 def print_table(title, scores, keys):
     """{name: {key: value}}: numbers to three decimals, a dash for None or nothing."""
     for name, values in {title: dict(zip(keys, keys)), **scores}.items():
-        line = f"{name:<28}"
+        line = f"{name:<33}"
         for key in keys:
             value = values.get(key)
+            if isinstance(value, tuple) and None not in value:  # an interval
+                value = f"{value[0]:.3f}..{value[1]:.3f}"
             cell = f"{value:.3f}" if isinstance(value, float) else str(value).replace("None", "-")
-            line += cell.rjust(max(len(key), 5) + 2)
+            line += cell.rjust(max(len(key), 5) + 3)
         print(line)
 
 
@@ -167,29 +169,27 @@ def classification(args, model, table, rows):
     truth, scores = answers(rows)
     held, patients = table.rows("validate")[:args.limit], np.array(table.patients)[rows]
     thresholds, source = np.full(len(names), None), args.split  # None: the best on these labels
-    if args.split == "test" and len(held):
+    if len(held):
         best, source = metrics.classification_scores(*answers(held))["threshold"], "validate"
         # where validation has no positives, or no negatives, there is no best one
         thresholds = np.array([0.5 if t is None else t for t in best.values()])  # [L]
-    new, blocks, lines = np.isin(names, unseen), {}, {}
+    new, blocks, lines = np.isin(names, unseen), [], {}
     for title, part in (("trained on", ~new), ("not trained on", new)):
         if part.any():
             block = metrics.scores_with_intervals(truth[:, part], scores[:, part], thresholds[part],
                                                   names[part], args.bootstrap, args.seed, patients)
-            blocks[title] = block
+            blocks.append(block)
             lines |= {**block["per_class"], f"mean, {title}": block,
                       f"customary, {title}": block["customary"]}
-    print_table("", lines, ("n_pos", "auroc", "ap", "f1", "acc"))
-    for title, block in blocks.items():
-        print(f"95 % interval of the mean AUROC, {title}: {np.round(block['auroc_ci95'], 3)}")
+    print_table("", lines, ("n_pos", "auroc", "auroc_ci95", "ap", "f1", "acc"))
     print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}; customary: "
           f"at the best on {args.split} itself, which flatters; a guess has AUROC 0.5")
-    first, *rest = blocks.values()
-    result = {**first, "thresholds_from": source, "not_trained_on": unseen,
-              "trivial": {"auroc": 0.5}, **{"unseen": block for block in rest}}
-    classes = {name: lines[name] for name in labels}
-    arrays = {"ids": [table.ids[i] for i in rows], "names": names, "labels": truth,
-              "scores": scores}
+    result = {**blocks[0], "thresholds_from": source, "not_trained_on": unseen,
+              "trivial": {"auroc": 0.5}}
+    if len(blocks) == 2:
+        result["unseen"] = blocks[1]
+    classes, ids = {name: lines[name] for name in labels}, [table.ids[i] for i in rows]
+    arrays = {"ids": ids, "names": names, "labels": truth, "scores": scores}
     return result, arrays, lambda path: figures.draw_classes(path, classes, names, truth, scores)
 
 
@@ -227,9 +227,9 @@ def grounding(args, model, table, rows):
     found = locate(args, model, table, rows, texts, columns)
     if not found:
         raise InputError(f"nothing is located in {args.dataset}; try synthetic, rsna, nih or siim")
-    tuned, source = locate(args, model, table, held, texts, columns), "validate"
-    if args.split != "test" or not tuned:
-        tuned, source = found, args.split
+    # a data set without located validation images is tuned on what is scored
+    tuned = locate(args, model, table, held, texts, columns) or found
+    source = str(table.splits[tuned[0].row])
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
     each = compare(args, model, table, found, threshold)
     per_class = {}
@@ -248,11 +248,11 @@ def grounding(args, model, table, rows):
     result |= {f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}
     print_table("", {**per_class, "all": result, **result["trivial"]}, ("n", *SCORES))
     print(f"regions above {threshold:.2f} of the maximum (from {source}); worst class: {worst}\n")
-    print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, DELETED_BY)
+    print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
     arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found],
               **dict(zip(SCORES, values.T))}
     films = [{"film": table.images[f.row], "title": f.label, "mask": f.mask, "heat": f.heat,
-              "level": threshold} for f in found[:12]]  # the first ones, not the best
+              "level": threshold} for f in found[:15]]  # the first ones, not the best
     title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2f} of it"
     return result, arrays, lambda path: figures.gallery(path, films, title)
 
@@ -289,14 +289,11 @@ def means(each):
     return {**mean.pop("model"), "n": len(each), "trivial": mean}
 
 
-DELETED, DELETED_BY = (4, 12, 32), ("map", "random", "mask")  # so many cells, chosen in three ways
-
-
 def faithfulness(args, model, table, found, texts, columns):
     """How far a finding's logit falls when k cells of its film are blurred: the highest of its map,
     random ones, those in or next to its mask. Means over findings, {"4": {"map": ...}}."""
     rng, size, n, drops = np.random.default_rng(args.seed), args.image_size, len(found[0].cells), []
-    offset, stride = model.cell_centres()
+    (offset, stride), counts, ways = model.cell_centres(), (4, 12, 32), ("map", "random", "mask")
     # the pixel that each cell looks at [n], and the cell that each pixel is deleted with [size]
     centres = np.clip(np.round(offset + stride * np.arange(n)), 0, size - 1).astype(int)
     cell_of = np.clip(np.round((np.arange(size) - offset) / stride), 0, n - 1).astype(int)
@@ -305,33 +302,34 @@ def faithfulness(args, model, table, found, texts, columns):
         film = data.to_input(torch.from_numpy(table.images[[f.row]]), size)[0]  # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
         films = [film]
-        for k in DELETED:
+        for k in counts:
             for order in (-f.cells, rng.random((n, n)), away):
                 rank = np.argsort(np.argsort(order.ravel(), kind="stable")).reshape(n, n)
                 gone = torch.from_numpy(rank[cell_of][:, cell_of] < k)  # [size,size]
                 films.append(torch.where(gone, blurred, film))
         logits = model(torch.stack(films).to(args.device), *texts).pathology_logits
         logits = logits[:, columns[f.label]].double().cpu().numpy()  # [1 + 9]
-        drops.append((logits[0] - logits[1:]).reshape(len(DELETED), len(DELETED_BY)))  # [3,3]
+        drops.append((logits[0] - logits[1:]).reshape(len(counts), len(ways)))  # [3,3]
     mean = np.mean(drops, axis=0).tolist()
-    return {str(k): dict(zip(DELETED_BY, drop)) for k, drop in zip(DELETED, mean)}
+    return {str(k): dict(zip(ways, drop)) for k, drop in zip(counts, mean)}
 
 
 def pair_truth(args, model, table, rows):
-    """int8 [N,n,m] and what it is: the pairs as drawn, or as the reports have them."""
+    """(names of pathologies and anatomies, int8 [N,n,m], what it is): the pairs as drawn, or as
+    the reports have them."""
     names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
     truth = table.truth(rows, *names)
     if truth is not None:
-        return truth, "what was drawn"
+        return names, truth, "what was drawn"
     if not table.has_reports:
         raise InputError(f"{args.dataset} has no reports, so no pairs; try synthetic or mimic")
-    return np.maximum(table.existence(rows, *names), 0), "the reports, not mentioned = absent"
+    truth = np.maximum(table.existence(rows, *names), 0)
+    return names, truth, "the reports, not mentioned = absent"
 
 
 def relation(args, model, table, rows):
     """Which (anatomy, pathology) pairs does an image show, as drawn or as its report has them?"""
-    names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
-    truth, source = pair_truth(args, model, table, rows)  # [N,n,m]
+    names, truth, source = pair_truth(args, model, table, rows)  # [N,n,m]
     texts, _, _ = questions(args, model, {})
     existence, places, pairs = ask(args, model, table.images, rows, texts,
                                    lambda out: pairs_of(model, out, texts[1]))  # [N,m], [N,n,m] x 2
@@ -384,7 +382,8 @@ def embedding(args, model, table, rows):
     texts, columns, _ = questions(args, model, labels)
     targets = {"pathology": table.labels[rows]}  # [N,L]
     if table.has_reports:
-        targets["place"] = pair_truth(args, model, table, rows)[0].max(2)  # [N,n]
+        _, pairs, _ = pair_truth(args, model, table, rows)
+        targets["place"] = (pairs == 1).any(2).astype(int)  # [N,n]
     streams = ("pathology", "anatomy") if model.config.streams == "dual" else ("pathology",)
     torch.manual_seed(args.seed)
     untrained = MeDSLIP(model.config).to(args.device).eval()
@@ -404,7 +403,7 @@ def embedding(args, model, table, rows):
         clouds[title] = flatten.fit_transform(points), group, list(columns)
     lines = {key: {"trained": score, "untrained": scores["untrained"][key]}
              for key, score in scores["trained"].items()}
-    print_table("AUROC of probes; silhouette", lines, scores)
+    print_table("AUROC of probes", lines, scores)
     arrays = {title: points for title, (points, _, _) in clouds.items()}
     return {"n": len(rows), **scores}, arrays, lambda path: figures.draw_embedding(path, clouds)
 
@@ -419,7 +418,7 @@ def predict(args, model):
     try:
         film, squashed = read_image(args.image), read_image(args.image, args.image_size)
     except Exception:  # whatever a decoder makes of a damaged file
-        raise InputError(f"--image {args.image} is {trouble(args.image)}; name a radiograph")
+        raise InputError(f"--image {args.image} is {trouble(args.image)}; name another") from None
     existence, _, pairs, maps = ask(args, model, squashed[None], [0], texts, lambda out: [
         *pairs_of(model, out, texts[1]), maps_of(args, out)])  # [1,m], [1,n,m], [1,m,h,w]
     films = [{"film": film, "title": "as it is"}]
@@ -432,7 +431,7 @@ def predict(args, model):
         films.append({"film": film, "title": f"{label[:28]}: {existence[0, k]:.2f}", "heat": heat})
     path = Path(args.out_dir, "eval", "predict.png")
     with atomic(path) as draft:
-        figures.gallery(draft, films[:5], "where each question looks; no medical device", columns=5)
+        figures.gallery(draft, films[:5], "where each question looks; no medical device")
     print(f"where the first four look: {path}\nFor study: no medical device, no diagnosis.")
 
 

@@ -46,15 +46,16 @@ def show_film(axis, film, title, heat=None, level=None, mask=None, region=None):
         axis.imshow(heat, cmap="autumn", alpha=0.6 * heat, vmin=0, vmax=1, **frame)
         y, x = np.unravel_index(heat.argmax(), heat.shape)
         axis.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="lime")
-    for values, at, colour in ((heat, level, "yellow"), (region, 0.5, "yellow"), (mask, 0.5, "cyan")):
-        if values is not None and at is not None:
-            outline(axis, values, at, colour)
+        if level:
+            outline(axis, heat, level, "yellow")
+    for values, colour in ((region, "yellow"), (mask, "cyan")):
+        if values is not None:
+            outline(axis, values, 0.5, colour)
 
 
-def gallery(path, films, title, columns=4):
-    """Films side by side; films: list of dicts of what `show_film` takes."""
-    columns = min(columns, len(films))
-    rows = math.ceil(len(films) / columns)
+def gallery(path, films, title):
+    """Films, five a row; films: list of dicts of what `show_film` takes."""
+    rows, columns = math.ceil(len(films) / 5), min(5, len(films))
     figure, axes = canvas(rows, columns, 3 * columns, 3.4 * rows)
     for axis, film in zip(axes.flat, films):
         show_film(axis, **film)
@@ -88,8 +89,7 @@ def draw_walk(path, film, findings, y, pathologies, anatomies):
 
 
 def draw_classes(path, per_class, names, labels, scores):
-    """How far each AUROC is from chance, with its interval (Fig. 4), and the ROC curves. per_class
-    {name: {"auroc", "auroc_ci95", "n_pos"}}; names [L], labels and scores [N,L]."""
+    """Each AUROC with its interval (Fig. 4) and ROC curve; names [L], labels and scores [N,L]."""
     shown = sorted((c["auroc"], name) for name, c in per_class.items() if c["auroc"] is not None)
     figure, [[bars, curves]] = canvas(1, 2, 12, max(4.5, 0.24 * len(shown) + 1))
     for k, (auroc, name) in enumerate(shown):
@@ -100,8 +100,8 @@ def draw_classes(path, per_class, names, labels, scores):
         known = labels[:, column] >= 0
         x, y, _ = roc_curve(labels[known, column], scores[known, column])
         curves.plot(x, y, linewidth=1, label=name, color=COLOURS(k % 20))
-    bars.set_yticks(range(len(shown)), [f"{name} ({per_class[name]['n_pos']})  {auroc:.3f}"
-                                        for auroc, name in shown])
+    ticks = [f"{name} ({per_class[name]['n_pos']})  {auroc:.3f}" for auroc, name in shown]
+    bars.set_yticks(range(len(shown)), ticks)
     bars.set(xlim=(None, 1.01), ylim=(-1, len(shown)), xlabel="AUROC, 95 % interval (positives)")
     curves.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
     curves.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
@@ -114,10 +114,9 @@ def draw_relation(path, truth, predicted, pathologies, anatomies):
     """How often each pair [n,m] is true and predicted, for what occurs."""
     rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
     figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
-    for axis, title, matrix in zip(axes[0], ("true: share of films", "predicted: mean probability"),
-                                   (truth, predicted)):
-        picture = show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies,
-                              vmax=truth.max() or 1)
+    titles, most = ("true: share of films", "predicted: mean probability"), truth.max() or 1
+    for axis, title, matrix in zip(axes[0], titles, (truth, predicted)):
+        picture = show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies, vmax=most)
     figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8)
     finish(figure, path)
 

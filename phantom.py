@@ -4,7 +4,7 @@
     python phantom.py --layout nih --root /tmp/nih --count 1000      # rehearse a data set
     python phantom.py --root /tmp/phantoms --count 200               # MIMIC's folders, seconds
 
-chest.py draws a film. This file chooses its findings, dictates its report in the sentences of
+formats/chest.py draws a film. This file chooses its findings, dictates its report in the sentences of
 vocabulary_phrases.csv, and formats/NAME.py lays out the folders. The bytes depend on layout, count,
 seed, size, places and world alone.
 """
@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
+from formats.chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
 from cli import InputError, Parser, cores, number, run
 from formats import write_text
 from formats.items import FORMATS
@@ -155,7 +155,8 @@ def say(rng, key, film, found):
         left = first.box[0] + first.box[2] / 2 > film.size / 2
     text = rng.choice(PHRASES[key]).format(
         name=first.pathology, side="left" if left else "right", where=place_words(rng, found),
-        zone=first.anatomy.removesuffix("_lung").split("_")[-1], amount=rng.choice(PHRASES["amount"]))
+        zone=first.anatomy.removesuffix("_lung").split("_")[-1],
+        amount=rng.choice(PHRASES["amount"]))
     return text[0].upper() + text[1:]
 
 
@@ -287,7 +288,9 @@ def draw(films, workers):
         return [make_and_save(film) for film in films]
     with ProcessPoolExecutor(workers) as pool:
         drawn = pool.map(make_and_save, films, chunksize=16)
-        return list(tqdm(drawn, "drawing", len(films), unit=" films", disable=len(films) < 1000))
+        few = len(films) < 1000
+        return list(tqdm(drawn, "drawing", len(films), unit=" films",
+                         disable=True if few else None))
 
 
 # ---------------------------------------------------------------------------------------- folders
@@ -322,7 +325,7 @@ def parse_args(argv=None):
     p.add_argument("--size", type=number(int, 32), metavar="PIXELS", help="a side (the data set's)")
     p.add_argument("--places", type=number(float, 0, 0.7), default=0.27, metavar="RATE",
                    help="share of pathologies at two places or more (0.27)")
-    p.add_argument("--world", choices=WORLDS, default="easy", help="see WORLDS in chest.py")
+    p.add_argument("--world", choices=WORLDS, default="easy", help="see formats/chest.py")
     return p.parse_args(argv)
 
 

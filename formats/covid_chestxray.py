@@ -23,7 +23,8 @@ LABELS = ["COVID-19", "Pneumonia", "No Finding"]
 MASKS = "covid-19-chest-xray-segmentations-dataset"  # the folder of the radiologists' masks
 CLASSES = {  # class of such a mask: label
     "COVID-19 Ground Glass Opacities": "opacity", "COVID-19 Consolidation": "consolidation",
-    "COVID-19 Left Lung": "lung", "COVID-19 Right Lung": "lung",
+    # the radiologists left the lung behind the heart out, the lung masks do not
+    "COVID-19 Left Lung": "aerated lung", "COVID-19 Right Lung": "aerated lung",
     "COVID-19 Cardiomediastinum": "heart"}
 
 
@@ -56,15 +57,15 @@ def read(root, views, labels):
             # ARDS names a course of illness; every other entry of this collection is a pneumonia
             values = (int("covid-19" in finding), int(finding not in ("no finding", "ards")),
                       int(finding == "no finding"))
-            masks, absent, lungs = None, None, f"annotations/lungVAE-masks/{stem}_mask.png"
-            if stem in drawn:
-                masks = tuple(drawn[stem])
-                seen = {mask.label for mask in masks}
-                absent = tuple(label for label in ("consolidation", "opacity") if label not in seen)
-            elif Path(root, lungs).exists():  # nobody looked for anything else
-                masks, absent = (Mask("lung", "file", lungs),), ()
+            masks, lungs = drawn.get(stem, []), f"annotations/lungVAE-masks/{stem}_mask.png"
+            if Path(root, lungs).exists():
+                masks = [*masks, Mask("lung", "file", lungs)]
+            seen = {mask.label for mask in masks}
+            looked_for = ("consolidation", "opacity") if stem in drawn else ()
+            absent = tuple(label for label in looked_for if label not in seen)
             items.append(Item(name, f"images/{name}", row["patientid"], "", values,
-                              note=row["clinical_notes"], masks=masks, absent=absent))
+                              note=row["clinical_notes"], masks=tuple(masks) or None,
+                              absent=absent))
     return LABELS, items, problems
 
 

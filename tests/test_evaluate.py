@@ -49,11 +49,10 @@ def evaluate_it(phantoms, folder, task, *flags):
     command = ["--task", task, "--root", str(phantoms), "--workers", "1", "--bootstrap", "20",
                "--checkpoint", str(folder / "ckpt.pt"), "--out-dir", str(folder), *flags]
     metrics, path = evaluate.main(evaluate.parse_args(command)), folder / f"eval/synthetic_{task}"
-    if metrics is None:
-        return
-    assert json.loads(path.with_suffix(".json").read_text())["dataset"] == "synthetic"
-    assert path.with_suffix(".png").stat().st_size > 5000
-    return metrics, dict(np.load(path.with_suffix(".npz")))
+    if metrics is not None:  # None: predict
+        assert json.loads(path.with_suffix(".json").read_text())["dataset"] == "synthetic"
+        assert path.with_suffix(".png").stat().st_size > 5000
+        return metrics, dict(np.load(path.with_suffix(".npz")))
 
 
 def numbers(metrics):
@@ -63,8 +62,7 @@ def numbers(metrics):
 
 
 KEYS = {"classification": "auroc f1 acc auroc_ci95 threshold per_class n customary unseen trivial",
-        "grounding": "pointing_game pointing_within_cell pointing_released iou dice threshold n "
-                     "worst trivial per_class faithfulness",
+        "grounding": "pointing_game iou dice threshold n worst trivial per_class faithfulness",
         "relation": "auroc ap cell_auroc side top1 n trivial place",
         "embedding": "trained untrained n"}
 
@@ -91,7 +89,6 @@ def test_classification_asks_unseen_diseases_by_their_definition(phantoms, folde
 
 @pytest.mark.parametrize("limit", [[], ["--limit", "10"]])
 def test_thresholds_are_the_best_of_the_validation_images(phantoms, folder, limit):
-    """With --limit of its first images only."""
     test, _ = evaluate_it(phantoms, folder, "classification", *limit)
     held, _ = evaluate_it(phantoms, folder, "classification", "--split", "validate", *limit)
     assert test["thresholds_from"] == "validate"
@@ -106,12 +103,11 @@ def test_thresholds_are_the_best_of_the_validation_images(phantoms, folder, limi
 def test_grounding_names_the_worst_class_and_takes_other_maps(phantoms, folder):
     metrics, arrays = evaluate_it(phantoms, folder, "grounding")
     reach = {name: c["pointing_within_cell"] for name, c in metrics["per_class"].items()}
-    assert metrics["worst"] == {"name": min(reach, key=reach.get),
-                                "pointing_within_cell": min(reach.values())}
+    worst = min(reach, key=reach.get)
+    assert metrics["worst"] == {"name": worst, "pointing_within_cell": reach[worst]}
     assert metrics["dice"] == pytest.approx(arrays["dice"].mean())
     other, _ = evaluate_it(phantoms, folder, "grounding", "--attention", "pathology")
-    assert other["dice"] != metrics["dice"]
-    assert set(other["faithfulness"]) == {"4", "12", "32"}
+    assert numbers(other) != numbers(metrics) and set(other["faithfulness"]) == {"4", "12", "32"}
 
 
 def test_deleting_the_cells_that_matter_takes_the_logit_down():
@@ -139,8 +135,7 @@ def test_pairs_without_icl_by_pencil():
 
 def test_images_are_stored_as_large_as_the_model_takes_them(phantoms, folder, tmp_path):
     """A model of 96 pixels was once shown phantoms that were stored at 64 and scaled up."""
-    flags = ["--image-size", "96", "--limit", "5", "--cache-dir", str(tmp_path)]
-    evaluate_it(phantoms, folder, "relation", *flags)
+    evaluate_it(phantoms, folder, "relation", "--image-size", "96", "--cache-dir", str(tmp_path))
     assert [path.name[:11] for path in tmp_path.iterdir()] == ["prepared-96"]
 
 
@@ -155,9 +150,10 @@ def test_predict_takes_a_file_and_a_prompt(phantoms, folder, tmp_path, capsys):
     evaluate_it(phantoms, folder, "predict", "--image", str(film), "--prompt", "A broken wire.")
     assert "A broken wire." in capsys.readouterr().out
     assert (folder / "eval/predict.png").stat().st_size > 5000
-    (tmp_path / "broken.png").write_bytes(b"no image")
+    film = tmp_path / "broken.png"
+    film.write_bytes(b"no image")
     with pytest.raises(InputError, match="corrupt"):
-        evaluate_it(phantoms, folder, "predict", "--image", str(tmp_path / "broken.png"))
+        evaluate_it(phantoms, folder, "predict", "--image", str(film))
 
 
 @pytest.mark.parametrize("task, flags", [

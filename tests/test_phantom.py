@@ -12,7 +12,7 @@ import pytest
 from scipy.ndimage import binary_dilation
 
 import phantom
-from chest import HELD_OUT, LOOKS, draw_film
+from formats.chest import HELD_OUT, LOOKS, draw_film
 from cli import InputError
 from phantom import bounding_box, choose_findings, lay_out, make, plan
 from reports import extract_triplets
