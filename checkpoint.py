@@ -1,7 +1,8 @@
-"""Files of weights: this project's checkpoints, the published MeDSLIP, MedKLIP, and the hub.
+"""Files of weights, of this project, of the published MeDSLIP, of MedKLIP, and how they are asked.
 
-    from checkpoint import load_model
+    from checkpoint import load_model, questions
     model = load_model("out/ckpt.pt")         # or the published file, MedKLIP's, pykale/MeDSLIP
+    texts, columns, unseen = questions(model, {"Effusion": "effusion", "COVID-19": None})
 
 Every tensor must find its place, or is named in the error. Nothing in a file is executed
 (`weights_only=True`).
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+import text
 from cli import InputError
 from model import MeDSLIP, MeDSLIPConfig
 
@@ -161,3 +163,48 @@ def read_checkpoint(path, map_location="cpu"):
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+# --------------------------------------------------------------------------------- asking a model
+
+def encode_prompts(model, prompts, encoder=None):
+    """Text vectors [k,T] by `encoder`, by default the one that the model was trained with."""
+    encoder = encoder or (model.queries or {}).get("encoder", text.CLINICAL_BERT)
+    vectors = text.encode_text(prompts, encoder)
+    if vectors.shape[1] != model.config.text_dim:
+        raise InputError(f"{encoder} gives text vectors of width {vectors.shape[1]}, the model "
+                         f"takes {model.config.text_dim}; use the encoder it was trained with")
+    return vectors.to(model.text_projection.weight.device)
+
+
+def give_queries(model, pathology_book=None, encoder=None):
+    """The published vocabulary as queries of a model that stores none."""
+    book = text.read_pathology_book(pathology_book) if pathology_book else None
+    p_text = encode_prompts(model, text.pathology_prompts(text.PATHOLOGIES, book), encoder)
+    a_text = encode_prompts(model, text.anatomy_prompts(text.ANATOMIES, published=True), encoder)
+    model.queries = {"pathology": {"names": text.PATHOLOGIES, "text": p_text},
+                     "anatomy": {"names": text.ANATOMIES, "text": a_text}}
+
+
+def questions(model, labels, prompt=None, encoder=None):
+    """How to ask for labels {label: its name in the vocabulary, or None}.
+
+    -> ([pathology text [m+k,T], anatomy text [n,T]], {label: its column}, the k labels without a
+    stored query). All stored queries are asked, because queries attend to each other; the k come
+    last, by `prompt` (for one label only) or by their definition.
+    """
+    names = model.queries["pathology"]["names"]
+    device = model.text_projection.weight.device
+    texts = [model.queries[kind]["text"].to(device) for kind in ("pathology", "anatomy")]
+    columns = {label: names.index(name) for label, name in labels.items() if name in names}
+    unseen = [label for label in labels if label not in columns]
+    if prompt and len(labels) == 1:
+        unseen = list(labels)
+    if prompt and len(unseen) != 1:
+        raise InputError(f"--prompt is for one label, not for {unseen or 'none'}; leave it out")
+    for label in unseen:
+        said = prompt or text.LABEL_DEFINITIONS.get(label)
+        said = said or text.pathology_prompts([labels[label] or label])[0]
+        columns[label] = len(texts[0])
+        texts[0] = torch.cat([texts[0], encode_prompts(model, [said], encoder)])
+    return texts, columns, unseen

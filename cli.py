@@ -47,6 +47,19 @@ def run(main, parse_args):
         sys.exit(2)
 
 
+def print_table(title, scores, keys):
+    """{name: {key: value}}: numbers to three decimals, a dash for None or nothing."""
+    for name, values in {title: dict(zip(keys, keys)), **scores}.items():
+        line = f"{name:<33}"
+        for key in keys:
+            value = values.get(key)
+            if isinstance(value, tuple) and None not in value:  # an interval
+                value = f"{value[0]:.3f}..{value[1]:.3f}"
+            cell = f"{value:.3f}" if isinstance(value, float) else str(value).replace("None", "-")
+            line += cell.rjust(max(len(key), 5) + 3)
+        print(line)
+
+
 def cores():
     """The cores this process may use; in a container they are fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):

@@ -19,21 +19,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from sklearn.linear_model import LogisticRegression
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
-from sklearn.model_selection import GroupKFold, cross_val_score
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
 import figures
 import metrics
-import text
-from checkpoint import load_model
-from cli import InputError, Parser, atomic, number, pick_device, run
+from checkpoint import give_queries, load_model, questions
+from cli import InputError, Parser, atomic, number, pick_device, print_table, run
 from formats.images import read_image, trouble
 from metrics import SCORES, nearest, points_at
 from model import MeDSLIP
+from text import swap_sides
 
 
 def parse_args(argv=None):
@@ -60,56 +58,15 @@ def parse_args(argv=None):
     return p.parse_args(argv)
 
 
-PROMPTS = {  # of labels that the vocabulary lacks, or has only in a bucket of rare findings
-    "COVID-19": "Pneumonia caused by the coronavirus SARS-CoV-2. Hazy ground-glass patches in both "
-                "lungs, mostly at the outer edges and in the lower zones, that may merge into "
-                "denser white consolidation as the illness goes on.",
-    "Fibrosis": "Scarred lung tissue. Coarse white lines and a net-like pattern, mostly at the "
-                "bases and edges of lungs that have shrunk."}
-
-
-def encode_prompts(args, model, prompts):
-    """Text vectors [k,T] by --text-encoder, or by the one that the model was trained with."""
-    encoder = args.text_encoder or (model.queries or {}).get("encoder", text.CLINICAL_BERT)
-    vectors = text.encode_text(prompts, encoder)
-    if vectors.shape[1] != model.config.text_dim:
-        raise InputError(f"{encoder} gives text vectors of another width than the model's own one")
-    return vectors.to(args.device)
-
-
 def read_model(args):
     """The checkpoint. A published one stores no queries and is asked the published vocabulary."""
     model = load_model(args.checkpoint, args.device).requires_grad_(False)
     args.image_size = args.image_size or model.config.image_size
     if model.queries is None:
-        book = args.pathology_book and text.read_pathology_book(args.pathology_book)
-        if not book:
+        if not args.pathology_book:
             print("asked in our own words; --pathology-book takes the published ones")
-        p_text = encode_prompts(args, model, text.pathology_prompts(text.PATHOLOGIES, book))
-        a_text = encode_prompts(args, model, text.anatomy_prompts(text.ANATOMIES, published=True))
-        model.queries = {"pathology": {"names": text.PATHOLOGIES, "text": p_text},
-                         "anatomy": {"names": text.ANATOMIES, "text": a_text}}
+        give_queries(model, args.pathology_book, args.text_encoder)
     return model
-
-
-def questions(args, model, labels):
-    """How to ask for labels {label: its name in the vocabulary, or None}: ([pathology text [m+k,T],
-    anatomy text [n,T]], {label: its column}, the k labels without a stored query). All stored ones
-    are asked, because queries attend to each other; last those k, by prompt or definition."""
-    names = model.queries["pathology"]["names"]
-    texts = [model.queries[kind]["text"].to(args.device) for kind in ("pathology", "anatomy")]
-    columns = {label: names.index(name) for label, name in labels.items() if name in names}
-    unseen = [label for label in labels if label not in columns]
-    if args.prompt and len(labels) == 1:
-        unseen = list(labels)
-    if args.prompt and len(unseen) != 1:
-        raise InputError(f"--prompt is for one label, not for {unseen or 'none'}; leave it out")
-    for label in unseen:
-        definition = text.pathology_prompts([labels[label] or label])[0]
-        vector = encode_prompts(args, model, [args.prompt or PROMPTS.get(label, definition)])
-        columns[label] = len(texts[0])
-        texts[0] = torch.cat([texts[0], vector])  # [m+1,T] ... [m+k,T]
-    return texts, columns, unseen
 
 
 def ask(args, model, images, rows, texts, pick):
@@ -141,25 +98,12 @@ def pairs_of(model, out, anatomy_text):
     return existence, places, existence[:, None] * places.softmax(1)
 
 
-def print_table(title, scores, keys):
-    """{name: {key: value}}: numbers to three decimals, a dash for None or nothing."""
-    for name, values in {title: dict(zip(keys, keys)), **scores}.items():
-        line = f"{name:<33}"
-        for key in keys:
-            value = values.get(key)
-            if isinstance(value, tuple) and None not in value:  # an interval
-                value = f"{value[0]:.3f}..{value[1]:.3f}"
-            cell = f"{value:.3f}" if isinstance(value, float) else str(value).replace("None", "-")
-            line += cell.rjust(max(len(key), 5) + 3)
-        print(line)
-
-
 def classification(args, model, table, rows):
     """Does an image show it (Table III, Fig. 4)? Each label of the data set."""
     labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
     if not labels:
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
-    texts, columns, unseen = questions(args, model, labels)
+    texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     names, asked = np.array(list(labels)), [columns[label] for label in labels]  # [L]
 
     def answers(rows):  # labels and probabilities, both [N,L]
@@ -223,7 +167,7 @@ def grounding(args, model, table, rows):
     known = dict(zip(table.label_names, table.label_pathologies))
     for row in (*held, *rows):
         labels |= {label: known.get(label, label) for label in table.located(row)}
-    texts, columns, unseen = questions(args, model, labels)
+    texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     found = locate(args, model, table, rows, texts, columns)
     if not found:
         raise InputError(f"nothing is located in {args.dataset}; try synthetic, rsna, nih or siim")
@@ -330,14 +274,14 @@ def pair_truth(args, model, table, rows):
 def relation(args, model, table, rows):
     """Which (anatomy, pathology) pairs does an image show, as drawn or as its report has them?"""
     names, truth, source = pair_truth(args, model, table, rows)  # [N,n,m]
-    texts, _, _ = questions(args, model, {})
+    texts, _, _ = questions(model, {}, args.prompt, args.text_encoder)
     existence, places, pairs = ask(args, model, table.images, rows, texts,
                                    lambda out: pairs_of(model, out, texts[1]))  # [N,m], [N,n,m] x 2
     train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
     positive = sum(table.existence([i], *names)[0] == 1 for i in train)  # [n,m]
     often = np.broadcast_to(positive / max(len(train), 1), truth.shape)  # [N,n,m]
     partner = {name: i for i, name in enumerate(names[1])}
-    mirror = np.array([partner.get(text.swap_sides(name), i) for name, i in partner.items()])  # [n]
+    mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])  # [n]
     answers = {"model": pairs, "cell frequencies in train": often,
                "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
     scores = {name: metrics.relation_scores(truth, x, mirror) for name, x in answers.items()}
@@ -359,19 +303,6 @@ def relation(args, model, table, rows):
         path, (truth == 1).mean(0), pairs.mean(0), *names)
 
 
-def probe(x, labels, patients):
-    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on one half of the
-    patients and scored on the other; without labels that have fewer than 10 of a kind."""
-    scores, x = [], (x - x.mean(0)) / (x.std(0) + 1e-9)
-    for label in labels.T:
-        known = label >= 0
-        if np.bincount(label[known], minlength=2).min() >= 10:
-            scores += cross_val_score(LogisticRegression(C=0.1, max_iter=1000), x[known],
-                                      label[known], groups=patients[known], cv=GroupKFold(2),
-                                      scoring="roc_auc").tolist()
-    return metrics.mean_or_none(scores)
-
-
 def embedding(args, model, table, rows):
     """What do embeddings keep apart (Figs. 6, 8)? Probes of the streams' mean tokens, silhouette
     and t-SNE of the queried embeddings."""
@@ -379,7 +310,7 @@ def embedding(args, model, table, rows):
     if len(rows) < 20 or len(labels) < 2:
         raise InputError(f"{args.dataset} has too few labels or images here; try another --split")
     rows, scores, clouds = np.random.default_rng(args.seed).permutation(rows)[:1000], {}, {}
-    texts, columns, _ = questions(args, model, labels)
+    texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
     targets = {"pathology": table.labels[rows]}  # [N,L]
     if table.has_reports:
         _, pairs, _ = pair_truth(args, model, table, rows)
@@ -397,7 +328,7 @@ def embedding(args, model, table, rows):
         scores[title] = {"silhouette, queried embeddings": silhouette}
         for stream, x in zip(streams, tokens):
             for target, values in targets.items():
-                score = probe(x, values, np.array(table.patients)[rows])
+                score = metrics.probe(x, values, np.array(table.patients)[rows])
                 scores[title][f"{target} from {stream} tokens"] = score
         flatten = TSNE(perplexity=min(30, len(points) / 4), random_state=args.seed)
         clouds[title] = flatten.fit_transform(points), group, list(columns)
@@ -414,7 +345,7 @@ def predict(args, model):
     labels = dict(zip(names, names))
     if args.prompt:
         labels[args.prompt] = None
-    texts, columns, _ = questions(args, model, labels)
+    texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
     try:
         film, squashed = read_image(args.image), read_image(args.image, args.image_size)
     except Exception:  # whatever a decoder makes of a damaged file

@@ -10,6 +10,7 @@ labels alone: the supervised rival of pre-training.
 
 Differs from the paper and the released code:
 - The encoder is frozen as in the paper, batch-norm statistics too (released: trained along).
+- Masks are learned and scored at the image size (--image-size), not at that of their files.
 - For classification a frozen encoder sees each image once, not augmented, and the linear layer gets
   standardised features, so that one learning rate suits an encoder of any scale.
 - Epoch and thresholds are chosen on the validation split (released: on the test split).
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms import v2
@@ -31,11 +33,11 @@ from torchvision.tv_tensors import Image, Mask
 
 import data
 import figures
-from checkpoint import load_model
+from checkpoint import load_model, read_checkpoint
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, run
-from metrics import (THRESHOLDS, bootstrap_ci, classification_scores, dice_scores, nearest,
+from metrics import (best_dice_threshold, classification_scores, mask_scores, nearest,
                      scores_with_intervals)
-from resunet import build, load_finetuned  # noqa: F401
+from model import Residual, build_backbone
 from train import learning_rate
 
 PAPER = dict(batch_size=64, weight_decay=5e-4, min_lr=1e-5, min_steps=1, backbone="resnet50",
@@ -51,6 +53,8 @@ SETTINGS = {
     "covid-chestxray classification": dict(SMALL, image_size=128, lr=1e-2, warmup_epochs=5),
     "covid-chestxray segmentation": dict(SMALL, image_size=128, epochs=30, batch_size=16, lr=3e-3,
                                          warmup_epochs=2)}
+CHANNELS = {  # of the backbone's last map at 1/2, 1/4, 1/8, 1/16 of the image's size
+    "small": (32, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
 MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray": "lung"}
 
 
@@ -64,7 +68,7 @@ def parse_args(argv=None):
                    help="share of the training patients; a smaller one lies within a larger one")
     g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
     g = p.add_argument_group("encoder")
-    g.add_argument("--init", choices=["pretrained", "random", "imagenet"], default="pretrained")
+    g.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
     g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
     g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="(checkpoint's)")
     g.add_argument("--unfreeze", action="store_true", help="train the encoder along")
@@ -105,11 +109,8 @@ def fill_in(args):
     return model
 
 
-# ------------------------------------------------------------------------------ what to learn from
-
 class Images(Dataset):
     """Rows [N] of a table with what is to be learned of them: labels [N,L] or masks [N,s,s]."""
-
     def __init__(self, table, rows, targets, size, augment=False):
         self.table, self.rows, self.targets, self.size = table, rows, targets, size
         self.patients, self.augment = np.array(table.patients)[rows], augment
@@ -129,16 +130,6 @@ class Images(Dataset):
         if self.augment:
             image, target = self.move(image, target)                            # uint8 [1,s,s]
         return data.to_input(image, self.size)[0], target                       # [3,s,s]
-
-
-def choose_labels(args, table):
-    """The names to learn; of masks always one."""
-    if args.task == "segmentation":
-        return [args.label or MASKS.get(args.dataset, "lung")]
-    names = args.label.split(",") if args.label else table.label_names
-    if not set(names) <= set(table.label_names):
-        raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
-    return names
 
 
 def read_split(args, table, split, labels):
@@ -161,13 +152,11 @@ def read_split(args, table, split, labels):
 
 
 def nested_subset(patients, present, ratio, seed):
-    """Which images to learn from: those of a share of the patients -> int64, ascending.
+    """The images of a share of the patients, as ascending rows. patients: N ids; present: bool [N,L].
 
-    patients: N ids; present: bool [N,L]. A patient's stratum is the rarest class of his images. In
-    random order, number k of the s patients of a stratum stands at place k / s of a queue, and the
-    first of the queue are taken: a smaller share lies within a larger one, every class has its
-    proportion, and a rare one is not lost.
-    """
+    A patient's stratum is the rarest class of his images. In random order, number k of the s
+    patients of a stratum stands at place k / s of a queue, and the first of the queue are taken:
+    every class keeps its proportion, and a smaller share lies within a larger one."""
     names, patient = np.unique(patients, return_inverse=True)
     rarest_first = np.argsort(present.mean(0))
     stratum = np.full(len(names), -1)  # -1: shows nothing
@@ -182,7 +171,71 @@ def nested_subset(patients, present, ratio, seed):
     return np.flatnonzero(np.isin(patient, chosen))
 
 
-# ----------------------------------------------------------------------------------------- training
+def block(channels_in, channels_out, kernel=1, stride=1, padding=0):
+    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(),
+                         Residual(channels_out))
+
+
+class Decoder(nn.Module):
+    """The way up of a ResUNet to 1/2 of the image's size, where each place answers for 4 pixels.
+    A backbone that stops before 1/16, as `small` does, is continued to there: a decoder must see
+    more of the chest than a piece of its wall."""
+
+    def __init__(self, channels):
+        super().__init__()
+        base, channels, below = channels[0] // 4, list(channels), 0
+        widths = (2 * base, 4 * base, 8 * base, 8 * base)  # at 1/2, 1/4, 1/8, 1/16
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        while len(channels) < 4:
+            width = widths[len(channels)]
+            self.down.append(block(channels[-1], width, 4, 2, 1))
+            channels.append(width)
+        for level in (3, 2, 1, 0):
+            self.up.append(block(channels[level] + below, widths[level]))
+            below = widths[level]
+        self.last = nn.Conv2d(below, 4, 1)
+
+    def forward(self, maps):  # [B,c,H/2,W/2], [B,c,H/4,W/4], ...
+        for layer in self.down:
+            maps = [*maps, layer(maps[-1])]
+        x = self.up[0](maps[3])                                                 # [B,c,H/16,W/16]
+        for layer, level in zip(self.up[1:], (2, 1, 0)):
+            x = layer(torch.cat([maps[level], F.interpolate(x, scale_factor=2)], 1))
+        return F.pixel_shuffle(self.last(x), 2)[:, 0]                           # [B,H,W]
+
+
+class FineTuned(nn.Module):
+    """Backbone and new head: images [B,3,H,W] -> logits, [B,L] of labels or [B,H,W] of a mask."""
+
+    def __init__(self, task, labels, backbone, image_size, frozen):
+        super().__init__()
+        self.config = dict(task=task, labels=labels, backbone=backbone, image_size=image_size,
+                           frozen=frozen)
+        self.backbone, channels, _, _ = build_backbone(backbone)
+        self.backbone.requires_grad_(not frozen)
+        if task == "classification":  # batch norm without weights standardises the features
+            self.head = nn.Sequential(nn.BatchNorm1d(channels, affine=False),
+                                      nn.Linear(channels, len(labels)))
+        else:
+            self.head = Decoder(CHANNELS[backbone])
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.backbone.train(mode and not self.config["frozen"])
+        return self
+
+    def features(self, images):
+        """What the head is given: the mean of the last map, or the last map of each resolution."""
+        x, maps = images, {}
+        for layer in self.backbone:
+            x = layer(x)
+            maps[x.shape[-1]] = x
+        return x.mean((2, 3)) if self.config["task"] == "classification" else list(maps.values())
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
 
 def loss_of(logits, targets):
     """Cross-entropy over what is known; of masks also 1 - Dice, over all images at once, for a mean
@@ -195,16 +248,12 @@ def loss_of(logits, targets):
     return loss
 
 
-def autocast(args):
-    return torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None)
-
-
 @torch.no_grad()
 def outputs(function, images, args):
     """(function(inputs), targets) of a whole data set, on the CPU."""
     values, targets = [], []
     for inputs, target in DataLoader(images, args.batch_size):
-        with autocast(args):
+        with torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None):
             values.append(function(inputs.to(args.device)).float().cpu())
         targets.append(target)
     return torch.cat(values), torch.cat(targets)
@@ -231,7 +280,7 @@ def fit(learner, train, held, args):
         for inputs, targets in batches:
             optimizer.param_groups[0]["lr"] = learning_rate(step, warmup, total, args.lr,
                                                             args.min_lr)
-            with autocast(args):
+            with torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None):
                 logits = learner(inputs.to(args.device))
             loss = loss_of(logits.float(), targets.to(args.device))
             optimizer.zero_grad(set_to_none=True)
@@ -252,45 +301,12 @@ def fit(learner, train, held, args):
     return curve
 
 
-# ----------------------------------------------------------------------------------- the test, once
-
-def score_labels(args, labels, held, test, patients):
-    """Scores of test: (logits [N,L], labels [N,L]), at thresholds of held, the validation split."""
-    best = classification_scores(held[1], held[0].sigmoid(), names=labels)["threshold"]
-    thresholds = [0.5 if best[name] is None else best[name] for name in labels]
-    return scores_with_intervals(test[1].numpy(), test[0].sigmoid().numpy(), thresholds, labels,
-                                 args.bootstrap, 0, patients)
-
-
-def dice_of(regions, masks):
-    """[N]: Dice of regions and masks, bool [N,s,s]; 1 where both are empty."""
-    both, total = (regions & masks).sum((1, 2)), regions.sum((1, 2)) + masks.sum((1, 2))
-    return np.where(total == 0, 1, 2 * both / np.maximum(total, 1))
-
-
 def fixed_region(masks):
-    """What one can say without a look: the mean mask above its best threshold, [1,s,s]."""
+    """What one can say without a look: the mean mask [s,s] above its best threshold."""
     masks = masks[masks.any((1, 2))]
     mean = masks.mean(0) / masks.mean(0).max()
-    dice = np.mean([dice_scores(mean, mask, THRESHOLDS) for mask in masks], axis=0)
-    return mean[None] > THRESHOLDS[dice.argmax()]
+    return mean > best_dice_threshold([mean] * len(masks), masks)
 
-
-def score_masks(args, regions, masks, fixed, patients):
-    """Scores of predicted regions against masks, bool [N,s,s] both."""
-    dice, sick = dice_of(regions, masks), masks.any((1, 2))                     # sick: has a mask
-    iou, alarms = dice / (2 - dice), regions.any((1, 2)) & ~sick
-    fixed_dice = dice_of(np.repeat(fixed, len(masks), 0), masks)
-    interval = [bootstrap_ci(lambda d, _: d.mean(), dice[rows], dice[rows], args.bootstrap, 0,
-                             patients[rows]) for rows in (sick, np.ones_like(sick))]
-    return {"n": int(sick.sum()), "threshold": 0.5, "dice": dice[sick].mean(),
-            "dice_ci95": interval[0], "iou": iou[sick].mean(),
-            "n_all": len(sick), "dice_all": dice.mean(), "dice_all_ci95": interval[1],
-            "iou_all": iou.mean(), "false_alarms": alarms.sum() / max(1, (~sick).sum()),
-            "trivial": {"fixed_dice": fixed_dice[sick].mean(), "empty_dice_all": (~sick).mean()}}
-
-
-# -------------------------------------------------------------------------------------- the command
 
 def one_run(args, seed, labels, train, held, test, model):
     """One seed, from the subset to the test -> (network, scores, arrays for the .npz)."""
@@ -304,7 +320,13 @@ def one_run(args, seed, labels, train, held, test, model):
           f"{len(held)} to choose by, {len(test)} to test")
     if len(train) < 2:
         raise InputError(f"--ratio {args.ratio} leaves {len(train)} image; take a larger one")
-    net = build(args, labels, model, (train.targets == 1).float().mean())
+    net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
+    if model is not None:
+        net.backbone.load_state_dict(model.backbone.state_dict())
+    rate = (train.targets == 1).float().mean()  # the head starts at the rate of positives
+    last_layer = list(net.head.modules())[-1]
+    nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
+    net.to(args.device, memory_format=torch.channels_last).eval()
     if args.task == "classification" and not args.unfreeze:
         features = [TensorDataset(*outputs(net.features, part, args)) for part in (train, held)]
         curve = fit(net.head, *features, args)
@@ -314,11 +336,15 @@ def one_run(args, seed, labels, train, held, test, model):
     net.eval()
     logits, targets = outputs(net, test, args)
     if args.task == "classification":
-        scores = score_labels(args, labels, outputs(net, held, args), (logits, targets),
-                              test.patients)
+        held_logits, held_labels = outputs(net, held, args)
+        best = classification_scores(held_labels, held_logits.sigmoid(), names=labels)["threshold"]
+        thresholds = [0.5 if best[name] is None else best[name] for name in labels]
+        scores = scores_with_intervals(targets.numpy(), logits.sigmoid().numpy(), thresholds,
+                                       labels, args.bootstrap, 0, test.patients)
     else:
-        scores = score_masks(args, logits.numpy() > 0, targets.numpy() == 1,
-                             fixed_region(train.targets.numpy() == 1), test.patients)
+        fixed = fixed_region(train.targets.numpy() == 1)
+        scores = mask_scores(logits.numpy() > 0, targets.numpy() == 1, fixed, test.patients,
+                             args.bootstrap)
     arrays = {"ids": [test.table.ids[row] for row in test.rows], "names": labels,
               "labels": targets.numpy(), "scores": logits.sigmoid().numpy()}
     return net, scores | {"seed": seed, "n_train": len(train), "curve": curve}, arrays
@@ -344,7 +370,12 @@ def show(scores, title=""):
 def main(args):
     model = fill_in(args)
     table = data.load_from_args(args, args.image_size)
-    labels = choose_labels(args, table)
+    if args.task == "segmentation":
+        labels = [args.label or MASKS.get(args.dataset, "lung")]
+    else:
+        labels = args.label.split(",") if args.label else table.label_names
+        if not set(labels) <= set(table.label_names):
+            raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
     splits = [read_split(args, table, split, labels) for split in ("train", "validate", "test")]
     network = Path(args.out_dir, f"finetune-{args.dataset}-{args.task}.pt")
     stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
@@ -375,6 +406,18 @@ def main(args):
     with atomic(f"{stem}_curve.png") as draft:
         figures.draw_curves(draft, [run["curve"] for run in runs], "loss")
     print(f"written: {network}, {stem}.json .npz .png _curve.png")
+
+
+def load_finetuned(path, map_location="cpu"):
+    """The network of a finetune-*.pt in eval mode, to be called on data.to_input(images, size);
+    `.config` has task, labels and image_size. InputError for any other file."""
+    saved = read_checkpoint(path, map_location)
+    try:
+        net = FineTuned(**saved["config"]).to(map_location)
+        net.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError):
+        raise InputError(f"{path} was not written by finetune.py") from None
+    return net.eval()
 
 
 if __name__ == "__main__":

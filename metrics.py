@@ -9,7 +9,9 @@ Differs from the released code: a map is divided by its own maximum, there by th
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
 from scipy.stats import rankdata
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
+from sklearn.model_selection import GroupKFold, cross_val_score
 
 
 def mean_or_none(values):  # None: nothing counts for this score
@@ -119,6 +121,27 @@ def best_dice_threshold(heats, masks):
     return float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
 
 
+def dice_of(regions, masks):
+    """[N]: Dice of regions and masks, bool [N,H,W]; 1 where both are empty."""
+    both, total = (regions & masks).sum((1, 2)), regions.sum((1, 2)) + masks.sum((1, 2))
+    return np.where(total == 0, 1, 2 * both / np.maximum(total, 1))
+
+
+def mask_scores(regions, masks, fixed, groups, n=1000):
+    """Scores of predicted regions against masks, bool [N,H,W]: means over the images with a mask,
+    and over all. trivial: one region [H,W] for every image, and none at all."""
+    dice, filled = dice_of(regions, masks), masks.any((1, 2))                   # [N]
+    iou, false_positive = dice / (2 - dice), regions.any((1, 2)) & ~filled
+    fixed_dice = dice_of(np.broadcast_to(fixed, masks.shape), masks)
+    interval = [bootstrap_ci(lambda d, _: d.mean(), dice[rows], dice[rows], n, 0, groups[rows])
+                for rows in (filled, np.ones_like(filled))]
+    return {"n": int(filled.sum()), "threshold": 0.5, "dice": dice[filled].mean(),
+            "dice_ci95": interval[0], "iou": iou[filled].mean(),
+            "n_all": len(filled), "dice_all": dice.mean(), "dice_all_ci95": interval[1],
+            "iou_all": iou.mean(), "false_alarms": false_positive.sum() / max(1, (~filled).sum()),
+            "trivial": {"fixed_dice": fixed_dice[filled].mean(), "empty_dice_all": (~filled).mean()}}
+
+
 def hit_regions(mask, h, w):
     """{rule: bool [H,W]}: where a point is a hit on mask [H,W], of a map with h x w cells: in the
     mask; at most one cell from it; in a cell whose block has any pixel of the mask."""
@@ -198,3 +221,16 @@ def scores_apart(truth, in_train, existence, pairs, places):
             scores[key] = {"auroc": films["auroc"], "relation_ap": pair["ap"], "n": int(only.sum()),
                            "place_top1": place_scores(truth, places, only)["top1"]}
     return scores
+
+
+def probe(x, labels, patients):
+    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on one half of the
+    patients and scored on the other; without labels that have fewer than 10 of a kind."""
+    scores, x = [], (x - x.mean(0)) / (x.std(0) + 1e-9)
+    for label in labels.T:
+        known = label >= 0
+        if np.bincount(label[known], minlength=2).min() >= 10:
+            scores += cross_val_score(LogisticRegression(C=0.1, max_iter=1000), x[known],
+                                      label[known], groups=patients[known], cv=GroupKFold(2),
+                                      scoring="roc_auc").tolist()
+    return mean_or_none(scores)

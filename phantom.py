@@ -4,9 +4,9 @@
     python phantom.py --layout nih --root /tmp/nih --count 1000      # rehearse a data set
     python phantom.py --root /tmp/phantoms --count 200               # MIMIC's folders, seconds
 
-formats/chest.py draws a film. This file chooses its findings, dictates its report in the sentences of
-vocabulary_phrases.csv, and formats/NAME.py lays out the folders. The bytes depend on layout, count,
-seed, size, places and world alone.
+formats/chest.py draws a film. This file chooses its findings and dictates its report in the
+sentences of vocabulary_phrases.csv; formats/NAME.py lays out the folders. The bytes depend on
+layout, count, seed, size, places and world alone.
 """
 import collections
 import functools

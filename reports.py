@@ -320,8 +320,8 @@ def main(args):
             if bool(terms) != bool(places):
                 errors[label, "not asserted" if terms else "not indexed"] += 1
     if not indexed:
-        raise InputError(f"no Open-i report in {args.root}: it should hold ecgen-radiology/*.xml or "
-                         "NLMCXR_reports.tgz")
+        raise InputError(f"no Open-i report in {args.root}: it should hold ecgen-radiology/*.xml "
+                         "or NLMCXR_reports.tgz")
     shape = (-1, len(OPENI))                                        # [N,L]
     print(classification_report(np.reshape(indexed, shape), np.reshape(asserted, shape),
                                 target_names=list(OPENI), digits=3, zero_division=0))

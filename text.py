@@ -50,6 +50,8 @@ DEFINITIONS = {row["pathology"]: row["definition"] for row in vocabulary_rows("p
 PLACES = {row["anatomy"]: row["place"] for row in vocabulary_rows("anatomies")}
 PATHOLOGIES = list(DEFINITIONS)
 ANATOMIES = list(PLACES)
+# of labels of data sets that the vocabulary lacks, or has only in a bucket of rare findings
+LABEL_DEFINITIONS = {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
 
 # Two buckets of the vocabulary take what has no name of its own: rare findings
 # (tail_abnorm_obs), and words of change and size that name no disease (excluded_obs).
