@@ -56,7 +56,7 @@ class Table:
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
         self.splits[state != READY] = "skipped"
         self.boxes, self.masks = [i.boxes for i in items], [i.masks for i in items]
-        self.absent = [i.absent for i in items]  # labels looked for in vain; None: all others
+        self.absent = [i.absent for i in items]  # labels looked for and not there; None: all others
         self.drawn = [[Triplet(*pair, 1) for pair in i.truth] for i in items]
         self.names, self.start, self.flat = cells["names"].tolist(), cells["start"], cells["cells"]
         self.reports_read, self.problems = cells["read"], problems
@@ -80,13 +80,15 @@ class Table:
         return [Triplet(self.names[p], self.names[a], int(v))
                 for p, a, v in self.flat[self.start[i]:self.start[i + 1]]]
 
-    def existence(self, rows, pathologies, anatomies):
-        """int8 [B,n,m] of the reports of `rows`: 1 present, 0 denied, -1 not mentioned."""
-        return np.stack([existence_matrix(self.cells(i), pathologies, anatomies) for i in rows])
+    def existence(self, rows, pathologies, anatomies, hidden=()):
+        """int8 [B,n,m] of the reports of `rows`: 1 present, 0 denied, -1 not mentioned. Triplets
+        of the pathologies `hidden` are left out, also out of the bucket of rare findings."""
+        return np.stack([existence_matrix([t for t in self.cells(i) if t.pathology not in hidden],
+                                          pathologies, anatomies) for i in rows])
 
     def truth(self, rows, pathologies, anatomies):
         """int8 [B,n,m] of what phantom.py drew (1) and did not (0); None for real data. -1 at names
-        that are never drawn: a report says "intact", or "both lung bases" for two places."""
+        that are never drawn, only said ("intact", "both lung bases"): nobody knows the truth."""
         if self.dataset != "synthetic":
             return None
         truth = np.stack([existence_matrix(self.drawn[i], pathologies, anatomies, blank=0)
@@ -201,8 +203,8 @@ def to_input(images, size):
 
 def released_operation(image):
     """One of the ten operations of the released RandAugment at level 7 of 10, with probability
-    1/2. What comes in from outside is grey. Not torchvision's RandAugment: that has 14 operations,
-    always applied, at level 7 of 30."""
+    1/2. What comes in from outside is grey. torchvision's RandAugment(2, 7) is another one: 14
+    operations, always applied, at level 7 of 30."""
     name, apply, sign = torch.randint(10, ()), torch.rand(()) < 0.5, 1
     if not apply:
         return image
@@ -225,7 +227,8 @@ def released_operation(image):
 
 
 def can_mirror(triplets, anatomies):
-    """Whether each place that a report names has its mirror partner among the queries."""
+    """Whether each query place that a report names has its mirror partner among the queries. The
+    right atrium has none."""
     named = {t.anatomy for t in triplets} & set(anatomies)
     return all(swap_sides(name) in anatomies for name in named)
 
@@ -239,8 +242,8 @@ class Batches(Dataset):
     of workers or processes. Images without a usable report are left out.
     Item: {"images" uint8 [B,size,size], "existence" int8 [B,n,m]}. Use with
     DataLoader(batches, batch_size=None, sampler=range(first_step, last_step)).
-    flip: "swap" mirrors half of the images, left and right exchanged in their triplets, but none
-    whose report names a place without partner; "naive" does not exchange (released); "none".
+    flip: "swap" mirrors an image with probability 1/2 and exchanges left and right in its triplets,
+    unless `can_mirror` says no; "naive" mirrors and does not exchange (released); "none".
     """
 
     def __init__(self, table, rows, batch_size, seed, pathologies, anatomies, size, crop=0.2,

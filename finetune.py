@@ -5,22 +5,18 @@
     python finetune.py --task classification --ratio 0.1    # phantoms; a minute, after train.py
 
 Classification is a linear layer on the mean of the encoder's last map, segmentation a ResUNet
-decoder on its maps of every resolution. `--init random --unfreeze` trains the whole network on the
-labels alone: the supervised rival of pre-training.
+decoder on its maps of every resolution; masks are learned and scored at the image size.
 
 Differs from the paper and the released code:
-- The encoder is frozen as in the paper, batch-norm statistics too (released: trained along).
-- Masks are learned and scored at the image size (--image-size), not at that of their files.
-- For classification a frozen encoder sees each image once, not augmented, and the linear layer gets
-  standardised features, so that one learning rate suits an encoder of any scale.
+- The encoder is frozen as in the paper, batch-norm statistics too (released: trained along). It
+  sees each image once for classification, not augmented, and its features are standardised, so
+  that one learning rate suits an encoder of any scale.
 - Epoch and thresholds are chosen on the validation split (released: on the test split).
-- Dice and IoU are means over the test images that have a mask; dice_all and iou_all over all
-  images, where an empty mask left empty counts 1 (released).
+- Dice and IoU are means over test images with a mask; dice_all, iou_all over all (released).
 """
 import copy
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -61,23 +57,20 @@ MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray":
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     data.add_data_flags(p)
-    g = p.add_argument_group("what to learn")
+    g = p.add_argument_group("what to learn, with which encoder")
     g.add_argument("--task", required=True, choices=["classification", "segmentation"])
     g.add_argument("--dataset", choices=data.DATASETS, default="synthetic")
-    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0,
-                   help="share of the training patients; a smaller one lies within a larger one")
+    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="of the patients")
     g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
-    g = p.add_argument_group("encoder")
     g.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
     g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
     g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="(checkpoint's)")
-    g.add_argument("--unfreeze", action="store_true", help="train the encoder along")
-    g = p.add_argument_group("optimisation (Table II; synthetic, covid-chestxray: a CPU's minutes)")
+    g.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
+    g = p.add_argument_group("training (Table II; synthetic, covid-chestxray: a CPU's minutes)")
     for flag in ("--image-size", "--epochs", "--min-steps", "--batch-size"):
         g.add_argument(flag, type=number(int, 1))
     for flag in ("--lr", "--min-lr", "--warmup-epochs", "--weight-decay"):
         g.add_argument(flag, type=number(float, 0))
-    g = p.add_argument_group("run")
     g.add_argument("--seed", type=number(int, 0), default=0, help="of subset, weights and order")
     g.add_argument("--seeds", type=number(int, 1), default=1, help="repeat with seed + 1, ...")
     g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="for 95 %% intervals")
@@ -152,11 +145,9 @@ def read_split(args, table, split, labels):
 
 
 def nested_subset(patients, present, ratio, seed):
-    """The images of a share of the patients, as ascending rows. patients: N ids; present: bool [N,L].
-
-    A patient's stratum is the rarest class of his images. In random order, number k of the s
-    patients of a stratum stands at place k / s of a queue, and the first of the queue are taken:
-    every class keeps its proportion, and a smaller share lies within a larger one."""
+    """Rows of the images of a share of the patients. patients: N ids; present: bool [N,L].
+    A stratum is the patients of one rarest class. In random order, number k of its s patients
+    stands at place k / s of a queue: a smaller share lies within a larger one."""
     names, patient = np.unique(patients, return_inverse=True)
     rarest_first = np.argsort(present.mean(0))
     stratum = np.full(len(names), -1)  # -1: shows nothing
@@ -166,8 +157,7 @@ def nested_subset(patients, present, ratio, seed):
     for rank, k in enumerate([*rarest_first, -1]):
         members = rng.permutation(np.flatnonzero(stratum == k))
         queue += [(place / len(members), rank, who) for place, who in enumerate(members)]
-    count = max(1, round(ratio * len(names)))
-    chosen = [who for _, _, who in sorted(queue)[:count]]
+    chosen = [who for _, _, who in sorted(queue)[:max(1, round(ratio * len(names)))]]
     return np.flatnonzero(np.isin(patient, chosen))
 
 
@@ -179,9 +169,7 @@ def block(channels_in, channels_out, kernel=1, stride=1, padding=0):
 
 class Decoder(nn.Module):
     """The way up of a ResUNet to 1/2 of the image's size, where each place answers for 4 pixels.
-    A backbone that stops before 1/16, as `small` does, is continued to there: a decoder must see
-    more of the chest than a piece of its wall."""
-
+    `small` stops before 1/16 and is continued to there, to see more than a piece of the chest."""
     def __init__(self, channels):
         super().__init__()
         base, channels, below = channels[0] // 4, list(channels), 0
@@ -207,7 +195,6 @@ class Decoder(nn.Module):
 
 class FineTuned(nn.Module):
     """Backbone and new head: images [B,3,H,W] -> logits, [B,L] of labels or [B,H,W] of a mask."""
-
     def __init__(self, task, labels, backbone, image_size, frozen):
         super().__init__()
         self.config = dict(task=task, labels=labels, backbone=backbone, image_size=image_size,
@@ -238,8 +225,7 @@ class FineTuned(nn.Module):
 
 
 def loss_of(logits, targets):
-    """Cross-entropy over what is known; of masks also 1 - Dice, over all images at once, for a mean
-    of Dices would be ruled by the images whose mask is empty."""
+    """Cross-entropy over what is known; of masks also 1 - Dice over all images at once."""
     known = targets >= 0
     loss = F.binary_cross_entropy_with_logits(logits[known], targets[known].float())
     if targets.dim() == 3:
@@ -260,8 +246,7 @@ def outputs(function, images, args):
 
 
 def fit(learner, train, held, args):
-    """Train what is not frozen; leave the learner as it was at its lowest validation loss, which is
-    asked about 20 times. Returns the curve: epoch, loss, validation loss."""
+    """Train what is not frozen, keep the best of about 20 validations; returns the loss curve."""
     workers = args.workers
     if workers is None:  # beside the training on a CPU they would only take turns with it
         workers = 4 if args.device.type == "cuda" else 0
@@ -293,19 +278,12 @@ def fit(learner, train, held, args):
             mean = torch.stack(losses).mean().item()
             validation = loss_of(*outputs(learner.eval(), held, args)).item()
             if not math.isfinite(mean + validation):
-                sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
+                raise InputError(f"the loss is no number in epoch {epoch}; try a lower --lr")
             curve.append({"epoch": epoch, "loss": mean, "validation": validation})
             if validation < best:
                 best, weights = validation, copy.deepcopy(learner.state_dict())
     learner.load_state_dict(weights)
     return curve
-
-
-def fixed_region(masks):
-    """What one can say without a look: the mean mask [s,s] above its best threshold."""
-    masks = masks[masks.any((1, 2))]
-    mean = masks.mean(0) / masks.mean(0).max()
-    return mean > best_dice_threshold([mean] * len(masks), masks)
 
 
 def one_run(args, seed, labels, train, held, test, model):
@@ -316,8 +294,7 @@ def one_run(args, seed, labels, train, held, test, model):
         present = present.flatten(1).any(1, keepdim=True)                       # [N,1]
     subset = nested_subset(train.patients, present.numpy(), args.ratio, seed)
     train = Images(train.table, train.rows[subset], train.targets[subset], args.image_size)
-    print(f"seed {seed}: {len(train)} images of {len(set(train.patients))} patients to learn from, "
-          f"{len(held)} to choose by, {len(test)} to test")
+    print(f"seed {seed}: {len(train)} images to learn from, {len(held)} to choose by")
     if len(train) < 2:
         raise InputError(f"--ratio {args.ratio} leaves {len(train)} image; take a larger one")
     net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
@@ -333,7 +310,6 @@ def one_run(args, seed, labels, train, held, test, model):
     else:
         train.augment = True
         curve = fit(net, train, held, args)
-    net.eval()
     logits, targets = outputs(net, test, args)
     if args.task == "classification":
         held_logits, held_labels = outputs(net, held, args)
@@ -342,29 +318,15 @@ def one_run(args, seed, labels, train, held, test, model):
         scores = scores_with_intervals(targets.numpy(), logits.sigmoid().numpy(), thresholds,
                                        labels, args.bootstrap, 0, test.patients)
     else:
-        fixed = fixed_region(train.targets.numpy() == 1)
+        masks = train.targets.numpy() == 1
+        masks = masks[masks.any((1, 2))]
+        mean = masks.mean(0) / masks.mean(0).max()  # a fixed region needs no look at the image
+        fixed = mean > best_dice_threshold([mean] * len(masks), masks)          # [s,s]
         scores = mask_scores(logits.numpy() > 0, targets.numpy() == 1, fixed, test.patients,
                              args.bootstrap)
     arrays = {"ids": [test.table.ids[row] for row in test.rows], "names": labels,
               "labels": targets.numpy(), "scores": logits.sigmoid().numpy()}
     return net, scores | {"seed": seed, "n_train": len(train), "curve": curve}, arrays
-
-
-def draw(path, scores, arrays, test):
-    """AUROC and ROC curve of each class, or the first test images with a mask, not the best."""
-    names, truth, answers = arrays["names"], arrays["labels"], arrays["scores"]
-    if "per_class" in scores:
-        figures.draw_classes(path, scores["per_class"], names, truth, answers)
-    else:
-        examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
-                     arrays["ids"][k][-24:]) for k in np.flatnonzero(truth.any((1, 2)))[:8]]
-        figures.draw_masks(path, examples, names[0])
-
-
-def show(scores, title=""):
-    for name, value in scores.items():
-        if isinstance(value, (float, tuple)):
-            print(f"{title}{name}: {np.round(value, 3)}")
 
 
 def main(args):
@@ -383,24 +345,34 @@ def main(args):
     for seed in range(args.seed, args.seed + args.seeds):
         net, scores, arrays = one_run(args, seed, labels, *splits, model)
         runs.append(scores)
-        show(scores)
-        show(scores.get("customary", {}), "at the best thresholds on the test split, ")
-        show(scores.get("trivial", {}), "trivial answer, ")
+        parts = {"": scores, "at thresholds of the test split, ": scores.get("customary", {}),
+                 "trivial answer, ": scores.get("trivial", {})}
+        for title, part in parts.items():
+            for name, value in part.items():
+                if isinstance(value, (float, tuple)):
+                    print(f"{title}{name}: {np.round(value, 3)}")
         if seed == args.seed:  # the first one gives the checkpoint, the predictions and the figure
             with atomic(network) as draft:
                 torch.save({"model": net.state_dict(), "config": net.config}, draft)
             with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:
                 np.savez_compressed(file, **arrays)
+            test, truth, answers = splits[2], arrays["labels"], arrays["scores"]
             with atomic(f"{stem}.png") as draft:
-                draw(draft, scores, arrays, splits[2])
+                if args.task == "classification":
+                    figures.draw_classes(draft, scores["per_class"], labels, truth, answers)
+                else:  # the first test images with a mask, not the best
+                    examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
+                                 arrays["ids"][k][-24:])
+                                for k in np.flatnonzero(truth.any((1, 2)))[:8]]
+                    figures.draw_masks(draft, examples, labels[0])
     result = {"task": args.task, "dataset": args.dataset, "labels": labels, **runs[0],
               "args": vars(args), "runs": runs}
     if args.seeds > 1:
         key = "auroc" if args.task == "classification" else "dice"
         values = [run[key] for run in runs]
-        spread = {f"{key}_mean": np.mean(values), f"{key}_std": np.std(values, ddof=1)}
-        show(spread, f"over {args.seeds} seeds, ")
-        result |= spread
+        mean, deviation = np.mean(values), np.std(values, ddof=1)
+        print(f"over {args.seeds} seeds: {key} {mean:.3f}, deviation {deviation:.3f}")
+        result |= {f"{key}_mean": mean, f"{key}_std": deviation}
     with atomic(f"{stem}.json") as draft:
         draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
     with atomic(f"{stem}_curve.png") as draft:
@@ -409,8 +381,7 @@ def main(args):
 
 
 def load_finetuned(path, map_location="cpu"):
-    """The network of a finetune-*.pt in eval mode, to be called on data.to_input(images, size);
-    `.config` has task, labels and image_size. InputError for any other file."""
+    """The network of a finetune-*.pt in eval mode; InputError for any other file."""
     saved = read_checkpoint(path, map_location)
     try:
         net = FineTuned(**saved["config"]).to(map_location)

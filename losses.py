@@ -1,10 +1,11 @@
-"""MeDSLIP's three losses and their sum as functions of tensors (arXiv 2403.10635, Eqs. 2-7).
+"""MeDSLIP's three losses and their sum as functions of tensors (arXiv 2403.10635, Eqs. 2-4, 6, 7).
 
     from losses import medslip_loss
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
-y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned; any other value is left out,
-except that ProtoCL may draw it as a negative.
+y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned. medslip_loss turns -1 into 0
+unless unmentioned="ignore". A -1 that is left counts in no loss, but ProtoCL may draw it as a
+negative: there everything that is not present is one, with both settings.
 
 Differs from the paper:
 - ProtoCL compares Z_2 with the frozen text vectors themselves (as released); the paper's T have
@@ -14,8 +15,8 @@ Differs from the paper:
 Differs from the released code:
 - unmentioned="negative", as in the paper: what a report does not state as present is negative.
   The released code scores only what a report states (unmentioned="ignore").
-- Its prototypes come from a loop over batch x queries on tensors [B,n,m,T]. A dot product with a
-  mean is the mean of dot products, so here one matrix [B,q,k] carries it all; values are equal.
+- The released prototypes come from a loop over batch x queries on tensors [B,n,m,T]. A dot product
+  with a mean is the mean of dot products, so one matrix [B,q,k] does the same here.
 """
 import torch
 import torch.nn.functional as F
@@ -79,8 +80,8 @@ def swap_loss(swapped_logits, existence):
 
     swapped_logits [B,n,m] relate film b's pathology embeddings to the anatomy embeddings of film
     b - 1; existence [B,n,m] of the films themselves. A pair is present where the pathology is
-    anywhere in film b and something is at the anatomy in film b - 1. The pathology embedding can
-    only say what, the anatomy embedding only where: the other film knows nothing of the rest.
+    anywhere in film b and something is at the anatomy in film b - 1. So the pathology embedding can
+    only say what, and the anatomy embedding only where.
     """
     pathology, anatomy = image_labels(existence)                                # [B,m], [B,n]
     anatomy = anatomy.roll(1, 0)
@@ -97,7 +98,8 @@ def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1
     out: the model's output; existence [B,n,m]; texts [m,T], [n,T]. contrast: prototype | random |
     none. swapped_logits [B,n,m] add the swap loss with weight `separate`. pathology_negatives
     [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives] pathologies. Returns {"loss",
-    "existence", "protocl", "icl"}; an alpha or beta of 0 still reports its part.
+    "existence", "protocl", "icl"}, of which the first holds the swap loss too; an alpha or beta of
+    0 still reports its part.
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)

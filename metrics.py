@@ -123,8 +123,8 @@ def best_dice_threshold(heats, masks):
 
 def dice_of(regions, masks):
     """[N]: Dice of regions and masks, bool [N,H,W]; 1 where both are empty."""
-    both, total = (regions & masks).sum((1, 2)), regions.sum((1, 2)) + masks.sum((1, 2))
-    return np.where(total == 0, 1, 2 * both / np.maximum(total, 1))
+    total = regions.sum((1, 2)) + masks.sum((1, 2))
+    return 1 - (regions ^ masks).sum((1, 2)) / np.maximum(total, 1)
 
 
 def mask_scores(regions, masks, fixed, groups, n=1000):
@@ -139,7 +139,8 @@ def mask_scores(regions, masks, fixed, groups, n=1000):
             "dice_ci95": interval[0], "iou": iou[filled].mean(),
             "n_all": len(filled), "dice_all": dice.mean(), "dice_all_ci95": interval[1],
             "iou_all": iou.mean(), "false_alarms": false_positive.sum() / max(1, (~filled).sum()),
-            "trivial": {"fixed_dice": fixed_dice[filled].mean(), "empty_dice_all": (~filled).mean()}}
+            "trivial": {"fixed_dice": fixed_dice[filled].mean(),
+                        "empty_dice_all": (~filled).mean()}}
 
 
 def hit_regions(mask, h, w):

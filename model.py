@@ -13,14 +13,15 @@ Differs from the paper:
   a few cells in a thousand are positive. Here the cosine has a learned scale and bias
   (`icl="bare"` is the printed form).
 - `existence="evidence"` takes the existence logit from the scores of the first layer over the
-  image's cells, so that the map shown is the computation itself (see `Stream.evidence`). The paper
+  image's cells, and the map is the derivative of the logit (see `Stream.evidence`). The paper
   has a linear layer on the queried embedding: `existence="embedding"`.
 - Tokens may carry a fixed 2-D position embedding (`position`, on in the CPU preset).
 Differs from the released code:
 - The mask passes a sigmoid as in the paper; released: no activation (`mask="linear"`).
 - ICL has the paper's projections Z1; released: a plain dot product (`icl="dot"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
-- `initialise` and `start_from`: released weights start with a deviation of 0.02.
+- Initial weights depend on the width of a layer and on the text vectors (`initialise`,
+  `start_from`); released: a deviation of 0.02 everywhere.
 """
 import math
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ def build_backbone(name):
     Maps are drawn back onto the image through the last two numbers.
     """
     if name == "small":
-        # A cell sees 26 pixels. With 50 the network told a lesion from beside it, and the maps
-        # pointed there.
+        # A cell sees 26 pixels. With 50 a cell beside a lesion saw it too, and the maps pointed
+        # there.
         return nn.Sequential(halve(3, 32), halve(32, 96), Residual(96)), 96, 4, 1.5
     resnet = getattr(torchvision.models, name)(weights=None)
     channels = {"resnet18": 256, "resnet50": 1024}[name]
@@ -220,8 +221,8 @@ class Stream(nn.Module):
 # -------------------------------------------------------------------------------------- whole model
 
 class MeDSLIP(nn.Module):
-    queries = None  # checkpoint.load_model: text encoder; names, prompts and vectors of both sets
-    args = {}       # checkpoint.load_model: the training flags
+    queries = None  # load_model sets it: text encoder; names, prompts and vectors of both sets
+    args = {}       # load_model sets it: the training flags
 
     def __init__(self, config):
         super().__init__()
@@ -241,8 +242,8 @@ class MeDSLIP(nn.Module):
         self.initialise()
 
     def initialise(self, std=None):
-        """Linear weights keep the variance of what enters them. The released deviation of 0.02 is
-        near that at width 1024; at the CPU preset's widths little of the image would get through.
+        """Linear weights with deviation `std`, by default width ** -0.5, which keeps the variance
+        of what enters them: 0.03 at width 1024, where the released code has 0.02; 0.1 at 96.
         """
         for p in self.parameters():
             if p.dim() == 2:
@@ -299,7 +300,8 @@ class MeDSLIP(nn.Module):
         return out
 
     def disentangle(self, x):
-        """Eq. 1: I^raw [B,h*w,C] -> I^p = M * I^raw and I^a = (1 - M) * I^raw, as large."""
+        """Eq. 1: I^raw [B,h*w,C] -> I^p = M * I^raw and I^a = (1 - M) * I^raw, of the same shape;
+        I^raw twice if the mask is "none"."""
         if self.config.mask == "none":
             return x, x
         mask = self.mask(x)                                                     # [B,h*w,C] M
@@ -319,8 +321,8 @@ class MeDSLIP(nn.Module):
         return self.icl_scale * s + self.icl_bias if self.config.icl == "cosine" else s
 
     def swap(self, out):
-        """Relation logits [B,n,m] of film b's pathologies with film b - 1's anatomies: see
-        losses.swap_loss."""
+        """Relation logits [B,n,m] of film b's pathologies with film b - 1's anatomies (film 0: the
+        last film's): see losses.swap_loss."""
         return self.relate(out.pathology_queried, out.anatomy_queried.roll(1, 0))
 
     def cell_centres(self):

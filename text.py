@@ -61,7 +61,8 @@ CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
 def swap_sides(name):
     """The name of the same place in a mirrored image: left_pleural <-> right_pleural.
 
-    Some places have no partner: middle_left_lobe is in no query list (see data.can_mirror).
+    A name without a side comes back unchanged. middle_right_lobe, right_atrium and right_ventricle
+    have no partner: what comes back is in no query list (see data.can_mirror).
     """
     if "left" in name:
         return name.replace("left", "right")
@@ -78,7 +79,8 @@ def landmark(anatomy):
     """The landmark of an anatomy in RadGraph's form: head word, then its modifiers, joined by |.
 
     "lobe|left|lower" -> lower_left_lobe. The rows of vocabulary_landmarks.csv are tried in order
-    and the first that fits wins, as in the published table. What fits none is "other".
+    and the first that fits wins, as in the published table. What fits none is "other", but
+    "unspecified" stays.
     """
     words = set(anatomy.split("|"))
     for row in LANDMARKS:

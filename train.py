@@ -6,11 +6,12 @@
 
 Dropout and drawn negatives depend on (seed, step, part of the batch) alone, the order of the images
 on (seed, epoch), their augmentation on (seed, epoch, row). So a resumed run repeats an
-uninterrupted one (on a CPU to the last bit), and two processes repeat one with `--accumulate 2`.
-RECIPES has a row where paper, released code and this project differ; `--recipe` takes a column.
+uninterrupted one (on a CPU to the last bit), and two processes learn what one with `--accumulate 2`
+does. RECIPES lists what `--recipe` changes; the other files say at their top where they differ.
 """
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -19,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from checkpoint import training_state
@@ -56,8 +56,7 @@ SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a me
     epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.6, backbone="small", image_size=64, dim=96,
     layers=2, dropout=0.0, position="sincos", beta=10.0, crop=0.8, augment_ops=0, queries="corpus",
     text_encoder="hashing")
-ROCO = PAPER | dict(  # figures and captions on one CPU core; with alpha 1 ProtoCL is nine tenths
-    # of the loss, and existence is not learned
+ROCO = PAPER | dict(  # figures and captions on one CPU core; with alpha 1 ProtoCL drowns the rest
     epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, backbone="resnet18",
     image_size=96, layers=1, dropout=0.0, alpha=0.1, crop=0.5, augment_ops=0, queries="corpus",
     text_encoder="hashing", pathologies=16, anatomies=24)
@@ -66,14 +65,14 @@ FREE = ("resume max_steps out_dir root cache_dir workers device log_every save_e
 
 
 def parse_args(argv=None):
-    """The flags as given, None where not; `resolve` fills in the rest."""
+    """The flags as given; `resolve` fills in the rest."""
     p = Parser(description=__doc__.split("\n")[0])
     add_data_flags(p)
     g = p.add_argument_group("what to learn from")
-    g.add_argument("--data", choices=DATASETS, help="data set with reports (synthetic)")
-    g.add_argument("--queries", choices=["published", "corpus"], help="75 + 51, or commonest here")
-    g.add_argument("--pathologies", type=number(int, 1), metavar="M", help="at most, of corpus")
-    g.add_argument("--anatomies", type=number(int, 1), metavar="N", help="at most, of corpus")
+    g.add_argument("--data", choices=DATASETS, help="a data set that has reports (synthetic)")
+    g.add_argument("--queries", choices=["published", "corpus"], help="corpus: the commonest here")
+    g.add_argument("--pathologies", type=number(int, 1), metavar="M", help="corpus: at most M")
+    g.add_argument("--anatomies", type=number(int, 1), metavar="N", help="corpus: at most N")
     g.add_argument("--pathology-book", metavar="FILE", help="published prompts in place of ours")
     g.add_argument("--place-words", choices=["ours", "published"], help="of the anatomy prompts")
     g.add_argument("--hold-out", metavar="A,B", help="pathologies left out of labels and queries")
@@ -88,10 +87,10 @@ def parse_args(argv=None):
     g.add_argument("--position", choices=["none", "sincos"], help="embedding on the image tokens")
     g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: by their width")
     g = p.add_argument_group("ablation (Table VI, and where paper and released code differ)")
-    g.add_argument("--recipe", choices=["ours", "paper", "released"])
-    g.add_argument("--streams", choices=["dual", "single"], help="DIS; single is MedKLIP")
+    g.add_argument("--recipe", choices=["ours", "paper", "released"], help="a column of RECIPES")
+    g.add_argument("--streams", choices=["dual", "single"], help="DIS; single: MedKLIP")
     g.add_argument("--contrast", choices=["prototype", "random", "none"], help="PCL")
-    g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1)")
+    g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1; roco 0.1)")
     g.add_argument("--beta", type=number(float, 0), help="weight of ICL (1; synthetic 10)")
     g.add_argument("--separate", type=number(float, 0), help="weight of the swap loss (0)")
     g.add_argument("--mask", choices=["sigmoid", "linear", "none", "hard"], help="see model.py")
@@ -101,11 +100,11 @@ def parse_args(argv=None):
     g.add_argument("--flip", choices=["swap", "none", "naive"], help="naive: sides not exchanged")
     g = p.add_argument_group("augmentation, optimisation, run")
     g.add_argument("--crop", type=number(float, 0.01, 1), help="smallest area of the random crop")
-    g.add_argument("--augment-ops", type=number(int, 0), help="operations per image (paper: 2)")
+    g.add_argument("--augment-ops", type=number(int, 0), help="operations per image (released: 2)")
     g.add_argument("--epochs", type=number(int, 1))
     g.add_argument("--max-steps", type=number(int, 1), help="stop here; the schedule is unchanged")
     g.add_argument("--batch-size", type=number(int, 1), help="over all processes and parts")
-    g.add_argument("--accumulate", type=number(int, 1), help="parts of a step: saves memory")
+    g.add_argument("--accumulate", type=number(int, 1), help="parts of a step, to save memory")
     g.add_argument("--lr", type=number(float, 0), help="peak learning rate")
     g.add_argument("--min-lr", type=number(float, 0), help="at the start and at the end")
     g.add_argument("--warmup-epochs", type=number(float, 0))
@@ -125,22 +124,21 @@ def parse_args(argv=None):
 
 def resolve(args, saved):
     """Fills in `args`: flags given, else the resumed run's, else recipe and preset."""
-    flags = {k: v for k, v in vars(args).items() if v is not None}
+    flags = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     for k, v in flags.items():
         if k in saved and k not in FREE and saved[k] != v:
             raise InputError(f"--resume cannot change --{k.replace('_', '-')} from {saved[k]} to "
                              f"{v}; leave it out, or start anew in another --out-dir")
     data, recipe = flags.get("data", "synthetic"), flags.get("recipe", "ours")
     column = ["paper", "released", "ours"].index(recipe)
-    defaults = {"data": data, "recipe": recipe,
-                **{"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER),
-                **{flag: values[column] for flag, values in RECIPES.items()}}
-    if recipe != "ours":  # no weights of a preset
+    defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER) | {
+        "data": data, "recipe": recipe, **{flag: row[column] for flag, row in RECIPES.items()}}
+    if recipe != "ours":
         defaults |= {"alpha": 1.0, "beta": 1.0}
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
     vars(args).update(defaults | kept | flags)
-    if args.streams == "single":  # no anatomy stream for ICL or the swap loss
-        args.beta, args.separate = 0.0, 0.0
+    if args.streams == "single":
+        args.beta, args.separate = 0.0, 0.0  # they need an anatomy stream
     if args.dim % args.heads:
         raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
     if args.recipe == "paper" and args.data == "mimic" and args.triplets is None:
@@ -180,7 +178,7 @@ def build_queries(table, args):
 
 
 def build_model(queries, table, rows, args):
-    """A MeDSLIP at its start; unless released, its existence heads begin at their base rates."""
+    """A MeDSLIP at its start. Unless --init-std is given, see `MeDSLIP.start_from`."""
     torch.manual_seed(args.seed)
     text = torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]])  # [m+n,T]
     model = MeDSLIP(MeDSLIPConfig(
@@ -192,7 +190,8 @@ def build_model(queries, table, rows, args):
         model.initialise(args.init_std)
         return model
     existence = torch.from_numpy(table.existence(
-        rows[:2000], queries["pathology"]["names"], queries["anatomy"]["names"]))  # [2000,n,m]
+        rows[:2000], queries["pathology"]["names"], queries["anatomy"]["names"],
+        args.hold_out.split(",")))                                              # [<=2000,n,m]
     if args.unmentioned == "negative":
         existence = existence.clamp(min=0)
     rates = [((labels == 1).sum() / (labels >= 0).sum().clamp(min=1)).clamp(0.001, 0.999).item()
@@ -202,21 +201,21 @@ def build_model(queries, table, rows, args):
 
 
 @torch.inference_mode()
-def validate(model, table, queries, unmentioned, device, autocast):
+def validate(model, table, queries, args, autocast):
     """Macro AUROC of pathology existence by the validation reports; 0 where there are none."""
     model.eval()
-    rows = table.rows("validate")
-    rows = rows[table.has_report[rows]]
-    texts = [queries[kind]["text"].to(device) for kind in ("pathology", "anatomy")]
-    names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
+    rows = np.flatnonzero((table.splits == "validate") & table.has_report)
+    device, hidden = model.text_projection.weight.device, args.hold_out.split(",")
+    kinds = [queries["pathology"], queries["anatomy"]]
+    texts, names = [k["text"].to(device) for k in kinds], [k["names"] for k in kinds]
     scores, labels = [torch.empty(0, len(names[0]))], [torch.empty(0, len(names[0]))]
     for chunk in np.split(rows, range(64, len(rows), 64)):
         images = torch.from_numpy(table.images[chunk]).to(device)
         with autocast:
             out = model(to_input(images, model.config.image_size), *texts)
         scores.append(out.pathology_logits.float().cpu())                       # [b,m]
-        labels.append(image_labels(torch.from_numpy(table.existence(chunk, *names)))[0])
-    labels = torch.cat(labels).clamp(min=0 if unmentioned == "negative" else -1).numpy()
+        labels.append(image_labels(torch.from_numpy(table.existence(chunk, *names, hidden)))[0])
+    labels = torch.cat(labels).clamp(min=0 if args.unmentioned == "negative" else -1).numpy()
     return classification_scores(labels, torch.cat(scores).numpy())["auroc"] or 0.0
 
 
@@ -246,6 +245,7 @@ def main(args):
         raise InputError(f"--batch-size {args.batch_size} does not divide into {world} processes x "
                          f"--accumulate {args.accumulate}")
     amp, why = pick_amp(args.amp, device)
+    args.amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp, "off")  # --resume keeps it
     autocast = torch.autocast(device.type, amp) if amp else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
@@ -272,7 +272,8 @@ def main(args):
         device, memory_format=torch.channels_last)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world > 1:
-        model = DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
+        model = torch.nn.parallel.DistributedDataParallel(
+            model, [device.index] if device.type == "cuda" else None)
     parameters = list(raw_model.parameters())
     fewest = 2 if args.decay == "matrices" else 0  # dimensions of a tensor that decays
     optimizer = torch.optim.AdamW([
@@ -308,15 +309,14 @@ def main(args):
             torch.save({"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(), "config": vars(raw_model.config),
                         "args": vars(args), "epoch": step // per_epoch, "step": step,
-                        "rng": torch.get_rng_state(), "best": best, "queries": queries}, draft)
+                        "best": best, "queries": queries, "rng": torch.get_rng_state()}, draft)
 
     # ---- loop; SIGTERM and SIGINT end it after the step in flight
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     signal.signal(signal.SIGINT, lambda *_: stop.append(True))
     workers = args.workers if args.workers is not None else 4 * (device.type == "cuda")
-    # forked workers share the memory-mapped images
-    fork = workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
+    fork = workers > 0 and hasattr(os, "fork")  # forked workers share the memory-mapped images
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(step, total), num_workers=workers,
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
@@ -332,7 +332,7 @@ def main(args):
             last = flag.item() > 0
         epoch_done = step > start and step % per_epoch == 0
         if rank == 0 and (epoch_done or (done and step > start)):
-            auroc = validate(raw_model, table, queries, args.unmentioned, device, autocast)
+            auroc = validate(raw_model, table, queries, args, autocast)
             write_log(step=step, epoch=step / per_epoch, validation_auroc=auroc)
             tqdm.write(f"epoch {step / per_epoch:.2f}: validation existence AUROC {auroc:.4f}")
             if auroc > best["auroc"]:

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import cli
 import train
 from checkpoint import load_model
 from cli import InputError
@@ -86,6 +87,15 @@ def test_recipes_resolve():
     assert (args.icl, args.mask, args.beta) == ("cosine", "linear", 1.0)
     args = train.resolve(train.parse_args("--data mimic".split()), {})
     assert (args.epochs, args.batch_size, args.lr, args.backbone) == (100, 64, 1e-4, "resnet50")
+
+
+@pytest.mark.parametrize("ratio, dtype", [(0.5, torch.bfloat16), (1.3, None)])
+def test_amp_auto_measures(monkeypatch, ratio, dtype):
+    """bf16 gains on some processors and loses on others: the faster matrix product decides."""
+    seconds = {torch.float32: 1.0, torch.bfloat16: ratio}
+    monkeypatch.setattr(cli, "matmul_seconds", lambda kind, device: seconds[kind])
+    assert cli.pick_amp("auto", torch.device("cpu"))[0] is dtype
+    assert cli.pick_amp("bf16", torch.device("cpu"))[0] is torch.bfloat16
 
 
 # --------------------------------------------------------------------------------- it repeats itself
