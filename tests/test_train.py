@@ -98,7 +98,7 @@ def test_amp_auto_measures(monkeypatch, ratio, dtype):
     assert cli.pick_amp("bf16", torch.device("cpu"))[0] is torch.bfloat16
 
 
-# --------------------------------------------------------------------------------- it repeats itself
+# -------------------------------------------------------------------------------- it repeats itself
 
 def test_resume_repeats_the_uninterrupted_run(phantoms, tmp_path):
     """Same weights and same next losses, although the second half ran with other workers."""
