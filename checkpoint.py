@@ -2,6 +2,7 @@
 
     from checkpoint import load_model, questions
     model = load_model("out/ckpt.pt")         # or the published file, MedKLIP's, pykale/MeDSLIP
+    give_queries(model)                       # a published file stores none; ours do
     texts, columns, unseen = questions(model, {"Effusion": "effusion", "COVID-19": None})
 
 Every tensor must find its place, or is named in the error. Nothing in a file is executed
@@ -81,7 +82,7 @@ def load_model(path_or_hub_id, map_location="cpu"):
 
 def read_config(path, checkpoint):
     """The model arguments of this project's checkpoint. A field that is newer than the file takes
-    its default, which is the paper's form."""
+    its default."""
     saved, known = checkpoint.get("config"), {f.name for f in fields(MeDSLIPConfig)}
     if not isinstance(saved, dict) or not saved.keys() <= known:
         raise InputError(f"{path} is neither this project's checkpoint (no model arguments under "
@@ -134,7 +135,7 @@ def training_state(path):
     """The checkpoint that train.py --resume goes on from."""
     saved = read_checkpoint(path)
     if not {"model", "optimizer", "scaler", "step", "args", "queries", "best"} <= saved.keys():
-        raise InputError(f"{path} holds weights but no training state; --resume needs our own")
+        raise InputError(f"{path} holds no training state; --resume needs a checkpoint of train.py")
     return saved
 
 

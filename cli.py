@@ -42,6 +42,9 @@ def run(main, parse_args):
     """Run a script. `main` takes the parsed flags."""
     try:
         main(parse_args())
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -61,7 +64,7 @@ def print_table(title, scores, keys):
 
 
 def cores():
-    """The cores this process may use; in a container they are fewer than the machine's."""
+    """The cores this process may use; they may be fewer than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
@@ -79,7 +82,8 @@ def atomic(path):
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); what was saved before is kept")
     finally:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there was no folder there is no draft
+            draft.unlink()
 
 
 def pick_device(name=None):

@@ -1,7 +1,7 @@
 """Radiographs, labels and reports: prepared once, then batches as fast as memory (Sec. III-A).
 
     python data.py --dataset mimic --root data/mimic        # prepare, print what is there
-    python data.py --dataset nih --root data/nih --check    # read every file, list what is wrong
+    python data.py --dataset nih --root data/nih --check    # read every image, list what is wrong
     python data.py --dataset synthetic                      # draws its data first; half a minute
 
 formats/NAME.py reads one data set as its publisher ships it: label files into Items, anew at each
@@ -301,10 +301,11 @@ def add_data_flags(parser):
     group.add_argument("--uncertain", choices=("ignore", "zeros", "ones", "gloria"),
                        help="what uncertain labels count as (ignore); gloria: its choice for each")
     group.add_argument("--labels", choices=("chexpert", "negbio", "manual"),
-                       help="label file of mimic (default chexpert)")
+                       help="label file of mimic (chexpert)")
     group.add_argument("--triplets", help="rules (default), a RadGraph .json, or a folder with "
                        "landmark_observation_adj_mtx.npy and train.json")
-    group.add_argument("--workers", type=number(int, 0), help="processes (default: one per core)")
+    group.add_argument("--workers", type=number(int, 0), help="processes (default: one per core to "
+                       "prepare data; to train 4 with a GPU, none without)")
 
 
 def load_from_args(args, image_size=0, check=False):
@@ -358,7 +359,7 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", default="synthetic", choices=DATASETS)
     add_data_flags(parser)
     parser.add_argument("--check", action="store_true",
-                        help="read every file anew; exit status 1 if anything is wrong")
+                        help="read every image anew; exit status 1 if anything is wrong")
     return parser.parse_args(argv)
 
 

@@ -6,8 +6,8 @@
 
 A task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
 labels of each image) and .png. N images, L labels, S stored pixels. Differs from the released code:
-- Thresholds come from validation. The best ones on the test set, as reported in this literature,
-  stand beside them (customary).
+- Thresholds come from validation where it has any labels. For classification the best ones on the
+  test set, as reported in this literature, stand beside them (customary).
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
 - Embeddings stand beside an untrained network's: what both show, training did not make.
@@ -346,6 +346,8 @@ def predict(args, model):
     if args.prompt:
         labels[args.prompt] = None
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
+    if not args.image:
+        raise InputError("--task predict needs --image FILE")
     try:
         film, squashed = read_image(args.image), read_image(args.image, args.image_size)
     except Exception:  # whatever a decoder makes of a damaged file

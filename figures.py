@@ -3,8 +3,8 @@
     python evaluate.py --task grounding      # draws out/eval/synthetic_grounding.png
     python walk.py                           # draws out/walk.png
 
-Colours mean the same everywhere: cyan is the truth, yellow what is predicted, red to yellow heat
-where the model looks. Examples are always the first ones of a split, never the best.
+In all pictures of answers cyan is the truth, yellow what is predicted, red to yellow heat where the
+model looks. Examples are always the first ones of a split, never the best.
 """
 import math
 

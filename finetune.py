@@ -254,7 +254,8 @@ def fit(learner, train, held, args):
                          drop_last=len(train) > args.batch_size, persistent_workers=workers > 0)
     epochs = max(args.epochs, math.ceil(args.min_steps / len(batches)))
     total = epochs * len(batches)
-    warmup = total * args.warmup_epochs / args.epochs  # stretched where --min-steps adds epochs
+    # stretched where --min-steps adds epochs; at most half of a run that --epochs cuts short
+    warmup = total * min(args.warmup_epochs / args.epochs, 0.5)
     optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad],
                                   weight_decay=args.weight_decay)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)

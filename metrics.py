@@ -225,13 +225,15 @@ def scores_apart(truth, in_train, existence, pairs, places):
 
 
 def probe(x, labels, patients):
-    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on one half of the
-    patients and scored on the other; without labels that have fewer than 10 of a kind."""
+    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on each half of the
+    patients in turn and scored on the other; without labels that fewer than 10 images, or fewer
+    than 4 patients, show or lack. None if no label is left."""
     scores, x = [], (x - x.mean(0)) / (x.std(0) + 1e-9)
     for label in labels.T:
         known = label >= 0
-        if np.bincount(label[known], minlength=2).min() >= 10:
+        people = [len(np.unique(patients[label == value])) for value in (0, 1)]
+        if np.bincount(label[known], minlength=2).min() >= 10 and min(people) >= 4:
             scores += cross_val_score(LogisticRegression(C=0.1, max_iter=1000), x[known],
                                       label[known], groups=patients[known], cv=GroupKFold(2),
                                       scoring="roc_auc").tolist()
-    return mean_or_none(scores)
+    return mean_or_none([score for score in scores if not np.isnan(score)])

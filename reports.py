@@ -278,7 +278,7 @@ def extract_triplets(report, buckets=True):
 
 
 def rules_key(folder=Path(__file__).parent):
-    """A digest of rules and tables, not of comments. Caches are keyed by it."""
+    """A digest of rules, docstrings and tables, not of comments. Caches are keyed by it."""
     programs = [ast.dump(ast.parse((folder / name).read_text("utf-8"))).encode()
                 for name in ("text.py", "reports.py")]
     tables = [table.read_bytes() for table in sorted(folder.glob("vocabulary_*.csv"))]

@@ -1,6 +1,6 @@
 """One radiograph and its report on their way from file to loss: where a newcomer starts.
 
-    python walk.py              # a phantom, half a minute, no training; also draws out/walk.png
+    python walk.py              # a phantom, ten seconds, no training; writes out/walk.jpg .txt .png
     python walk.py --seed 3     # another one
 
 Every tensor is printed with its shape and the equation of the paper that makes it. The network is
@@ -13,7 +13,7 @@ import torch
 
 import figures
 import phantom
-from cli import Parser, number, run
+from cli import InputError, Parser, number, run
 from data import to_input
 from formats.images import read_image
 from losses import image_labels, medslip_loss
@@ -111,7 +111,11 @@ def sum_losses(out, y, p_text, a_text):
 
 @torch.no_grad()
 def main(args):
-    out_dir = Path(args.out_dir)
+    out_dir = Path(args.out_dir).absolute()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make --out-dir {out_dir} ({error.strerror})") from None
     film = phantom.plan(1, args.seed, size=64, places=0.27, world="easy")[0]
     film.image, film.report = str(out_dir / "walk.jpg"), str(out_dir / "walk.txt")
     film.keep_masks = True  # for the picture

@@ -77,13 +77,14 @@ def csv_rows(path):
         return
     try:
         if path.suffix == ".zip":
-            raw = next(zipfile.Path(path).iterdir()).open("rb")
+            archive = zipfile.ZipFile(path)
+            raw = archive.open(archive.namelist()[0])
         else:
             raw = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
         with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
             for row in csv.DictReader(file, restval=""):  # a row may be cut off
                 yield {name.strip(): cell.strip() for name, cell in row.items() if name}
-    except (OSError, EOFError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 

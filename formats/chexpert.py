@@ -8,7 +8,8 @@
 In train a labeller read the reports: 1.0 present, 0.0 absent, -1.0 uncertain, blank not mentioned;
 radiologists read valid and test. Without the test release valid is the test set, and the loader
 takes validate from train. Traps: Path begins with the folder of the release; val_labels.csv says
-valid/ where the folder is val/.
+valid/ where the folder is val/. Put the test release's files into the folder of train.csv: the
+loader takes one folder.
 """
 from pathlib import Path
 

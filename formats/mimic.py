@@ -12,6 +12,7 @@
 of boxes.csv. Release 2.1.0 keeps the old file names; its test set says Airspace Opacity.
 """
 import collections
+from pathlib import Path
 
 import numpy as np
 
@@ -58,7 +59,7 @@ def read(root, views, labels):
     frames = {row["dicom_id"]: (row["ViewPosition"], row["Columns"], row["Rows"])
               for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"))}
     values = read_labels(root, labels, problems)
-    above = "mimic-cxr-reports/" if find(root, "mimic-cxr-reports") else ""
+    above = "mimic-cxr-reports/" if Path(root, "mimic-cxr-reports").is_dir() else ""
     for row in csv_rows(find(root, *FILES)):
         name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
         folder = f"files/p{patient[:2]}/p{patient}/s{study}"

@@ -66,9 +66,11 @@ def prepare_images(root, items, folder, size, workers, again=False):
         except OSError:
             shutil.rmtree(draft)
     images = np.load(folder / "images.npy", mmap_mode="r")
-    state = np.load(folder / "state.npy", mmap_mode="r+")
+    state, reasons = np.load(folder / "state.npy"), {}
     rows = np.arange(len(items)) if again else np.flatnonzero(state != READY)
-    reasons = {}
+    if not len(rows):  # nothing to write: the folder may be read-only
+        return images, state, reasons
+    state = np.load(folder / "state.npy", mmap_mode="r+")
     # written through a file, not through the map, where a full disk would kill the process
     with open(folder / "images.npy", "r+b", buffering=0) as file:
         decoded = in_workers(Decode(root, size), [items[i] for i in rows], workers, "images")
@@ -83,10 +85,11 @@ def prepare_images(root, items, folder, size, workers, again=False):
 
 
 def read_cells(root, items, folder, triplets, workers):
-    """{"names", "start" [N+1], "cells" int16 [.,3], "read" int8 [N]} of all reports.
+    """{"names", "start" [N+1], "cells" int32 [.,3], "read" int8 [N]} of all reports.
 
     Image i has the rows start[i]:start[i+1] of `cells`: (pathology, anatomy, 1 or 0), the first
-    two as numbers into `names`. read: 1 if the report gave a triplet, 0 if none, -1 no report.
+    two as numbers into `names`. read: 1 if the report gave a definite triplet, 0 if none, -1 if
+    there is no report.
     """
     source = triplet_source(triplets, root)
     digest = hashlib.sha256(source.key.encode())
@@ -96,9 +99,10 @@ def read_cells(root, items, folder, triplets, workers):
     if path.exists():
         kept = dict(np.load(path))
         missed = [items[i].report for i in np.flatnonzero(kept["read"] < 0)]
-        if not any(name and os.path.exists(os.path.join(root, name)) for name in missed):
+        added = [name for name in missed if name and os.path.exists(os.path.join(root, name))]
+        if triplets != "rules" or not added:
             return kept  # else reports were added since: all are read again
-    numbers, flat, start, read = {}, array.array("h"), [0], []
+    numbers, flat, start, read = {}, array.array("i"), [0], []
     for found in in_workers(source, items, workers, "reports"):
         definite = {t[:3] for t in found or () if t.existence >= 0}
         for pathology, anatomy, existence in sorted(definite):
@@ -108,7 +112,7 @@ def read_cells(root, items, folder, triplets, workers):
         start.append(start[-1] + len(definite))
         read.append(-1 if found is None else int(len(definite) > 0))
     result = {"names": np.array(list(numbers) or [""]), "start": np.array(start),
-              "cells": np.array(flat, np.int16).reshape(-1, 3), "read": np.array(read, np.int8)}
+              "cells": np.array(flat, np.int32).reshape(-1, 3), "read": np.array(read, np.int8)}
     with atomic(path) as draft, open(draft, "wb") as file:
         np.savez(file, **result)
     return result

@@ -19,7 +19,7 @@ from formats.rsna import name_films
 
 FILES = ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv")
 GET = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
-SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # boxes and masks are of this size
+SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # masks are of this size
 LABELS = ["Pneumothorax"]
 
 

@@ -45,8 +45,8 @@ class RadGraphFile:
 
 
 class PublishedMatrix:
-    """Triplets from the published matrix (6.75 GB, memory-mapped) and its train.json, whose keys
-    are paths on the authors' disks: only the file name counts."""
+    """Triplets from the published matrix (6.75 GB, memory-mapped) and the .json files beside it,
+    whose keys are paths on the authors' disks: only the file name counts."""
 
     def __init__(self, folder):
         path, self.rows = Path(folder, "landmark_observation_adj_mtx.npy"), {}
@@ -54,7 +54,8 @@ class PublishedMatrix:
         self.matrix = np.load(path, mmap_mode="r")                              # [reports,n,m]
         for name in Path(folder).glob("*.json"):
             for key, value in json.loads(name.read_text()).items():
-                self.rows[stem(key)] = int(value["labels_id"])
+                if isinstance(value, dict):  # else a book of prompts that lies there too
+                    self.rows[stem(key)] = int(value["labels_id"])
         if self.matrix.shape[1:] != (len(ANATOMIES), len(PATHOLOGIES)) or not self.rows:
             raise ValueError(f"found {len(self.rows)} images and a matrix {self.matrix.shape}")
 
