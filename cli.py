@@ -52,6 +52,8 @@ def run(main, parse_args):
 
 def print_table(title, scores, keys):
     """{name: {key: value}}: numbers to three decimals, a dash for None or nothing."""
+    if not scores:
+        return
     for name, values in {title: dict(zip(keys, keys)), **scores}.items():
         line = f"{name:<33}"
         for key in keys:
