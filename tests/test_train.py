@@ -203,7 +203,7 @@ def test_wrong_flags_are_one_line(phantoms, tmp_path, flags):
 def test_exit_status_of_the_command(tmp_path):
     process = run_there(tmp_path / "nothing", tmp_path / "out", "--data", "mimic")
     _, error = process.communicate()
-    assert process.returncode == 2 and error.count("\n") == 1 and "no MIMIC" in error
+    assert process.returncode == 2 and error.count("\n") == 1 and "no mimic data" in error
 
 
 def test_resume_refuses_another_flag(phantoms, tmp_path):
