@@ -144,8 +144,9 @@ def losses_case(args, device):
 def data_case(args, device):
     """-> a training batch of stored images with six triplets each, augmented as in the paper."""
     images = np.random.default_rng(0).integers(0, 256, (args.batch_size, 256, 256), np.uint8)
-    cells = [Triplet(PATHOLOGIES[k], ANATOMIES[k], 1) for k in range(6)]
-    table = SimpleNamespace(images=images, has_report=images.any((1, 2)), cells=lambda row: cells)
+    triplets = [Triplet(PATHOLOGIES[k], ANATOMIES[k], 1) for k in range(6)]
+    table = SimpleNamespace(images=images, has_report=images.any((1, 2)),
+                            triplets=lambda row: triplets)
     batches = Batches(table, np.arange(len(images)), args.batch_size, 0, PATHOLOGIES, ANATOMIES,
                       args.image_size)
     return lambda: batches[0]

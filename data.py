@@ -33,7 +33,7 @@ from cli import InputError, Parser, cores, number, run
 from formats import PATHOLOGY
 from formats.images import read_mask, trouble
 from formats.items import FORMATS, find_root, read_items, settle_labels, settle_splits
-from formats.prepare import READY, prepare_images, read_cells
+from formats.prepare import READY, prepare_images, read_reports
 from text import PATHOLOGIES, Triplet, existence_matrix, swap_sides
 
 DATASETS = tuple(FORMATS)
@@ -75,7 +75,7 @@ class Table:
         chosen = self.splits != "skipped" if split == "all" else self.splits == split
         return np.flatnonzero(chosen)
 
-    def cells(self, i):
+    def triplets(self, i):
         """[Triplet] of image i's report, concepts by their own names, without what is in doubt."""
         return [Triplet(self.names[p], self.names[a], int(v))
                 for p, a, v in self.flat[self.start[i]:self.start[i + 1]]]
@@ -83,8 +83,11 @@ class Table:
     def existence(self, rows, pathologies, anatomies, hidden=()):
         """int8 [B,n,m] of the reports of `rows`: 1 present, 0 denied, -1 not mentioned. Triplets
         of the pathologies `hidden` are left out, also out of the bucket of rare findings."""
-        return np.stack([existence_matrix([t for t in self.cells(i) if t.pathology not in hidden],
-                                          pathologies, anatomies) for i in rows])
+        matrices = []
+        for i in rows:
+            triplets = [t for t in self.triplets(i) if t.pathology not in hidden]
+            matrices.append(existence_matrix(triplets, pathologies, anatomies))
+        return np.stack(matrices)                                               # [B,n,m]
 
     def truth(self, rows, pathologies, anatomies):
         """int8 [B,n,m] of what phantom.py drew (1) and did not (0); None for real data. -1 at names
@@ -103,7 +106,7 @@ class Table:
         what a report does not mention is absent."""
         present = np.zeros((len(self), len(PATHOLOGIES)), np.int8)              # [N,75]
         for i in range(len(self)):
-            for t in self.cells(i):
+            for t in self.triplets(i):
                 if t.existence == 1 and t.pathology in PATHOLOGIES:
                     present[i, PATHOLOGIES.index(t.pathology)] = 1
         often = np.flatnonzero(present[self.rows("test")].sum(0) >= least)
@@ -155,7 +158,7 @@ def load(dataset, root=None, size=None, views=None, cache_dir=None, workers=None
     folder = Path(cache_dir or root, f"prepared-{size}-{digest}")
     try:
         images, state, reasons = prepare_images(root, items, folder, size, workers, check)
-        cells = read_cells(root, items, folder, triplets or "rules", workers)
+        cells = read_reports(root, items, folder, triplets or "rules", workers)
     except OSError as error:
         raise InputError(f"cannot prepare {folder} ({error.strerror}); what was finished is kept; "
                          "--cache-dir DIR puts it elsewhere") from None
@@ -274,7 +277,7 @@ class Batches(Dataset):
         """(uint8 [size,size], existence int8 [n,m]) of one image."""
         seed = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)
         torch.default_generator.manual_seed(int(seed[0]))
-        triplets = [t for t in self.table.cells(row) if t.pathology not in self.hidden]
+        triplets = [t for t in self.table.triplets(row) if t.pathology not in self.hidden]
         image = self.crop(Image.fromarray(self.table.images[row]))
         mirrored = self.flip != "none" and torch.rand(()) < 0.5
         if mirrored and self.flip == "swap":

@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -161,7 +160,7 @@ def build_queries(table, args):
     """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
     pathologies, anatomies = list(PATHOLOGIES), list(ANATOMIES)
     if args.queries == "corpus":
-        triplets = (t for i in table.rows("train") for t in table.cells(i)
+        triplets = (t for i in table.rows("train") for t in table.triplets(i)
                     if t.pathology in PATHOLOGIES)
         pathologies, anatomies = top_queries(triplets, args.pathologies, args.anatomies)
     for name in filter(None, args.hold_out.split(",")):
@@ -198,6 +197,14 @@ def build_model(queries, table, rows, args):
              for labels in image_labels(existence)]
     model.start_from(text, *rates)
     return model
+
+
+def build_optimizer(parameters, args):
+    fewest = 2 if args.decay == "matrices" else 0  # dimensions of a tensor that decays
+    decays = [p for p in parameters if p.dim() >= fewest]
+    spared = [p for p in parameters if p.dim() < fewest]
+    return torch.optim.AdamW([{"params": decays, "weight_decay": args.weight_decay},
+                              {"params": spared, "weight_decay": 0.0}], lr=args.lr, fused=True)
 
 
 @torch.inference_mode()
@@ -275,18 +282,13 @@ def main(args):
         model = torch.nn.parallel.DistributedDataParallel(
             model, [device.index] if device.type == "cuda" else None)
     parameters = list(raw_model.parameters())
-    fewest = 2 if args.decay == "matrices" else 0  # dimensions of a tensor that decays
-    optimizer = torch.optim.AdamW([
-        {"params": [p for p in parameters if p.dim() >= fewest], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() < fewest], "weight_decay": 0.0}],
-        lr=args.lr, fused=True)
+    optimizer = build_optimizer(parameters, args)
     step, best = saved.get("step", 0), saved.get("best", {"auroc": 0.0, "epoch": 0.0})
     if saved:
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
     start = step
-
     if rank == 0:
         log = open_log(out_dir / "log.jsonl", step)
         print("  ".join(f"{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
@@ -322,7 +324,6 @@ def main(args):
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if fork else None))
     bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
-    clock, seen = time.perf_counter(), 0
     while True:  # total + 1 rounds: the last one only validates and saves
         done = step >= total
         last = done or bool(stop)
@@ -338,7 +339,6 @@ def main(args):
             if auroc > best["auroc"]:
                 best = {"auroc": auroc, "epoch": step / per_epoch}
                 save("best.pt")
-            clock, seen = time.perf_counter(), 0
         if rank == 0 and (last or epoch_done or (step > start and step % args.save_every == 0)):
             save("ckpt.pt")
         if last:
@@ -357,8 +357,7 @@ def main(args):
             x, y = images.chunk(args.accumulate)[k], existence.chunk(args.accumulate)[k]
             part = rank * args.accumulate + k  # seeds dropout and the negatives of ProtoCL
             torch.manual_seed(((args.seed * 1_000_003 + step) * 4096 + part) % 2**63)
-            # gradients travel between processes once per step, with its last part
-            exchange = world == 1 or k == args.accumulate - 1
+            exchange = world == 1 or k == args.accumulate - 1  # of gradients, once per step
             with nullcontext() if exchange else model.no_sync():
                 with autocast:
                     out = model(x, pathology_text, anatomy_text)
@@ -372,7 +371,7 @@ def main(args):
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + args.batch_size
+        step += 1
         bar.update()
 
         if step % args.log_every == 0 or step == total:  # reading a number off the GPU waits for it
@@ -382,12 +381,11 @@ def main(args):
             if not math.isfinite(loss):
                 stop_at("the loss is")
             if rank == 0:
-                rate = seen / (time.perf_counter() - clock)
                 write_log(step=step, epoch=step / per_epoch, lr=optimizer.param_groups[0]["lr"],
                           loss=loss, existence=exist, protocl=proto, icl=icl,
-                          grad_norm=norm.item(), images_per_s=round(rate, 1))
+                          grad_norm=norm.item())
                 bar.set_postfix_str(f"loss {loss:.3f}: existence {exist:.3f}, ProtoCL {proto:.3f}, "
-                                    f"ICL {icl:.4f}; {rate:.0f} images/s")
+                                    f"ICL {icl:.4f}")
     bar.close()
     if rank == 0:
         print(f"{'done' if done else 'stopped'} at step {step}: {out_dir}/ckpt.pt; the best "

@@ -84,7 +84,7 @@ def prepare_images(root, items, folder, size, workers, again=False):
     return images, state, reasons
 
 
-def read_cells(root, items, folder, triplets, workers):
+def read_reports(root, items, folder, triplets, workers):
     """{"names", "start" [N+1], "cells" int32 [.,3], "read" int8 [N]} of all reports.
 
     Image i has the rows start[i]:start[i+1] of `cells`: (pathology, anatomy, 1 or 0), the first

@@ -103,7 +103,7 @@ def test_existence_is_the_matrix_that_is_taught(phantoms):
     rows = table.rows("test")
     batch = table.existence(rows, PATHOLOGIES, ANATOMIES)
     for row, matrix in zip(rows, batch):
-        assert (matrix == existence_matrix(table.cells(row), PATHOLOGIES, ANATOMIES)).all()
+        assert (matrix == existence_matrix(table.triplets(row), PATHOLOGIES, ANATOMIES)).all()
     truth = table.truth(rows, PATHOLOGIES, ANATOMIES)
     assert (truth == 1).sum() == sum(len(table.drawn[i]) for i in rows)
     assert (truth[:, :, PATHOLOGIES.index("normal")] == -1).all()  # never drawn, so nobody knows
@@ -131,7 +131,7 @@ def test_triplets_from_radgraph_and_from_the_published_matrix(copy, tmp_path):
     (tmp_path / "graphs.json").write_text(json.dumps(graphs))
     table = load(copy, triplets=str(tmp_path / "graphs.json"))
     assert table.has_report.sum() == 3
-    assert table.cells(table.has_report.argmax()) == [Triplet("effusion", "unspecified", 1)]
+    assert table.triplets(table.has_report.argmax()) == [Triplet("effusion", "unspecified", 1)]
 
     matrix = np.full((2, 51, 75), -1.0)
     matrix[1, 5, 8], matrix[1, 7, 0] = 1, 0
@@ -141,7 +141,7 @@ def test_triplets_from_radgraph_and_from_the_published_matrix(copy, tmp_path):
     image = next(copy.glob("files/*/*/*/*.jpg")).stem
     (folder / "train.json").write_text(json.dumps({f"/far/{image}.jpg": {"labels_id": 1}}))
     table = load(copy, triplets=str(folder))
-    assert table.cells(table.ids.index(image)) == [
+    assert table.triplets(table.ids.index(image)) == [
         Triplet("effusion", "right_pleural", 1), Triplet("normal", "heart_size", 0)]
 
 
@@ -254,7 +254,7 @@ def test_mirrored_images_have_their_sides_exchanged(phantoms):
     mirrored = 0
     for row in swap.rows[:40]:
         image, existence = swap.augmented(0, int(row))
-        plain = torch.from_numpy(existence_matrix(table.cells(row), PATHOLOGIES, ANATOMIES))
+        plain = torch.from_numpy(existence_matrix(table.triplets(row), PATHOLOGIES, ANATOMIES))
         stored = torch.from_numpy(table.images[row].copy()).float()
         straight = (image.float() - stored).abs().mean()
         turned = (image.float() - stored.flip(1)).abs().mean()
