@@ -73,6 +73,6 @@ def triplet_source(source, root):
         return Rules(root)
     try:
         return PublishedMatrix(source) if os.path.isdir(source) else RadGraphFile(source)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--triplets {source}: neither a RadGraph .json nor the folder of the "
                          f"published matrix and train.json ({error})") from None
