@@ -197,7 +197,7 @@ def main(args):
     if args.case:
         print(json.dumps(measure(args)))
         return
-    cases, floor = args.cases.split(","), math.nan
+    cases, floor, failed = args.cases.split(","), math.nan, 0
     if not set(cases) <= set(CASES):
         raise InputError(f"--cases {args.cases}: choose among {','.join(CASES)}")
     print(f"{'case':<40}{'s/step':>9}{'images/s':>9}{'v. floor':>9}{'peak MB':>9}{'TFLOP/s':>9}")
@@ -207,11 +207,13 @@ def main(args):
                               text=True)
         if done.returncode:
             print(f"{CASES[case]:<40}", *(done.stderr.splitlines() or ["killed: memory?"])[-1:])
+            failed = done.returncode
             continue
         seconds, flops, peak = json.loads(done.stdout.splitlines()[-1])
         floor = seconds if case == "floor" else floor
         print(f"{CASES[case]:<40}{seconds:9.4f}{args.batch_size / seconds:9.1f}"
               f"{seconds / floor:9.2f}{peak:9.0f}{flops / seconds / 1e12:9.3f}")
+    sys.exit(failed)
 
 
 if __name__ == "__main__":
