@@ -46,11 +46,10 @@ class Table:
     images uint8 [N,S,S]; ids, patients [N]; splits [N] (train, validate, test; skipped where the
     file was unusable: that row stays, black); label_names [L] and labels int8 [N,L] (1, 0, -1
     unknown), label_pathologies their names in our vocabulary or None; has_report bool [N], whether
-    a report gave any triplet; boxes and masks as the formats' Items have them.
+    a report gave a definite triplet; boxes and masks as the formats' Items have them.
     """
 
-    def __init__(self, dataset, root, items, names, images, state, cells, uncertain,
-                 problems):
+    def __init__(self, dataset, root, items, names, images, state, reports, uncertain, problems):
         self.dataset, self.root, self.images, self.size = dataset, root, images, images.shape[1]
         self.ids, self.patients = [i.id for i in items], [i.patient for i in items]
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
@@ -58,8 +57,8 @@ class Table:
         self.boxes, self.masks = [i.boxes for i in items], [i.masks for i in items]
         self.absent = [i.absent for i in items]  # labels looked for and not there; None: all others
         self.drawn = [[Triplet(*pair, 1) for pair in i.truth] for i in items]
-        self.names, self.start, self.flat = cells["names"].tolist(), cells["start"], cells["cells"]
-        self.reports_read, self.problems = cells["read"], problems
+        self.names, self.start = reports["names"].tolist(), reports["start"]
+        self.flat, self.reports_read, self.problems = reports["cells"], reports["read"], problems
         self.has_report = self.reports_read == 1
         self.has_reports = bool(self.has_report.any())
         self.label_names, self.labels = list(names), settle_labels(items, names, uncertain)
@@ -143,7 +142,7 @@ def load(dataset, root=None, size=None, views=None, cache_dir=None, workers=None
     """A data set as a Table. The first call prepares it; later ones map its images into memory.
 
     size: pixels a side (default 64 for synthetic, else 256); the rest: see add_data_flags, None
-    is the default named there. check reads every file anew and lists every problem. InputError
+    is the default named there. check reads every image anew and lists every problem. InputError
     where the data cannot be used.
     """
     root = os.path.abspath(root or os.path.join("data", dataset))
@@ -158,12 +157,12 @@ def load(dataset, root=None, size=None, views=None, cache_dir=None, workers=None
     folder = Path(cache_dir or root, f"prepared-{size}-{digest}")
     try:
         images, state, reasons = prepare_images(root, items, folder, size, workers, check)
-        cells = read_reports(root, items, folder, triplets or "rules", workers)
+        reports = read_reports(root, items, folder, triplets or "rules", workers)
     except OSError as error:
         raise InputError(f"cannot prepare {folder} ({error.strerror}); what was finished is kept; "
                          "--cache-dir DIR puts it elsewhere") from None
     problems += [(reason, items[row].path) for row, reason in reasons.items()]
-    table = Table(dataset, root, items, names, images, state, cells, uncertain or "ignore",
+    table = Table(dataset, root, items, names, images, state, reports, uncertain or "ignore",
                   problems)
     if not len(table.rows()):
         raise InputError(f"{root}: none of {len(items)} images can be used, the first: "

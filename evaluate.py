@@ -170,7 +170,7 @@ def grounding(args, model, table, rows):
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     found = locate(args, model, table, rows, texts, columns)
     if not found:
-        raise InputError(f"nothing is located in {args.dataset}; try synthetic, rsna, nih or siim")
+        raise InputError(f"nothing is located in the {args.split} split of {args.dataset}")
     # a data set without located validation images is tuned on what is scored
     tuned = locate(args, model, table, held, texts, columns) or found
     source = str(table.splits[tuned[0].row])
@@ -203,7 +203,7 @@ def grounding(args, model, table, rows):
 
 def compare(args, model, table, found, threshold):
     """Of each finding {answer: {score: ...}}, also of trivial answers. The fixed ones are the mean
-    training mask of the class: its highest point, and its region of the best Dice."""
+    training mask of the class, without one the whole film: highest point, region of best Dice."""
     everywhere, drawn, fixed, each = np.ones((table.size, table.size), bool), {}, {}, []
     for row in table.rows("train")[:2000]:  # enough for a mean
         for label, mask in masks_of(table, row):
@@ -308,7 +308,7 @@ def embedding(args, model, table, rows):
     and t-SNE of the queried embeddings."""
     labels = dict(zip(table.label_names, table.label_pathologies))
     if len(rows) < 20 or len(labels) < 2:
-        raise InputError(f"{args.dataset} has too few labels or images here; try another --split")
+        raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
     rows, scores, clouds = np.random.default_rng(args.seed).permutation(rows)[:1000], {}, {}
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
     targets = {"pathology": table.labels[rows]}  # [N,L]
@@ -334,7 +334,7 @@ def embedding(args, model, table, rows):
         clouds[title] = flatten.fit_transform(points), group, list(columns)
     lines = {key: {"trained": score, "untrained": scores["untrained"][key]}
              for key, score in scores["trained"].items()}
-    print_table("AUROC of probes", lines, scores)
+    print_table("probes: AUROC", lines, scores)
     arrays = {title: points for title, (points, _, _) in clouds.items()}
     return {"n": len(rows), **scores}, arrays, lambda path: figures.draw_embedding(path, clouds)
 

@@ -11,12 +11,14 @@ Differs from the paper and the released code:
 - The encoder is frozen as in the paper, batch-norm statistics too (released: trained along). It
   sees each image once for classification, not augmented, and its features are standardised, so
   that one learning rate suits an encoder of any scale.
-- Epoch and thresholds are chosen on the validation split (released: on the test split).
-- Dice and IoU are means over test images with a mask; dice_all, iou_all over all (released).
+- The epoch, and for labels the thresholds, come from validation (released: from the test split).
+- Dice and IoU are means over test images with a mask; dice_all, iou_all over all images, where an
+  empty mask left empty counts 1 (released).
 """
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -246,7 +248,7 @@ def outputs(function, images, args):
 
 
 def fit(learner, train, held, args):
-    """Train what is not frozen, keep the best of about 20 validations; returns the loss curve."""
+    """Train what is not frozen, keep the best of 20 to 39 validations; returns the loss curve."""
     workers = args.workers
     if workers is None:  # beside the training on a CPU they would only take turns with it
         workers = 4 if args.device.type == "cuda" else 0
@@ -279,7 +281,7 @@ def fit(learner, train, held, args):
             mean = torch.stack(losses).mean().item()
             validation = loss_of(*outputs(learner.eval(), held, args)).item()
             if not math.isfinite(mean + validation):
-                raise InputError(f"the loss is no number in epoch {epoch}; try a lower --lr")
+                sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
             curve.append({"epoch": epoch, "loss": mean, "validation": validation})
             if validation < best:
                 best, weights = validation, copy.deepcopy(learner.state_dict())

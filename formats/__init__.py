@@ -1,4 +1,5 @@
-"""One file per data set: `read` takes what its publisher ships, `write` fills the same tree.
+"""One file per data set: `read` takes what its publisher ships, `write` fills the same tree. Beside
+them: items (which format reads a folder), images, prepare, triplets (of reports), chest (films).
 
     python phantom.py --layout nih --root /tmp/nih --count 20 --size 64    # write
     python data.py --dataset nih --root /tmp/nih --check                   # read, list the problems
