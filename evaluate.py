@@ -29,7 +29,7 @@ import metrics
 from checkpoint import give_queries, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
 from formats.images import read_image, trouble
-from metrics import SCORES, nearest, points_at
+from metrics import SCORES, nearest
 from model import MeDSLIP
 from text import swap_sides
 
@@ -137,7 +137,7 @@ def classification(args, model, table, rows):
     return result, arrays, lambda path: figures.draw_classes(path, classes, names, truth, scores)
 
 
-Finding = namedtuple("Finding", "row label mask cells heat")  # mask, heat [S,S]; cells [h,w], a map
+Finding = namedtuple("Finding", "row label film mask cells heat")  # [S,S]; cells [h,w], a map
 
 
 def masks_of(table, row):
@@ -156,8 +156,9 @@ def locate(args, model, table, rows, texts, columns):
     for k, row in enumerate(rows):
         cells = dict(zip(columns, maps[k]))
         for label, mask in masks_of(table, row):
-            found.append(Finding(row, label, mask, cells[label], metrics.upsample_map(
-                cells[label], *mask.shape, args.image_size, model.cell_centres())))
+            found.append(Finding(row, label, table.images[row], mask, cells[label],
+                                 metrics.upsample_map(cells[label], *mask.shape, args.image_size,
+                                                      model.cell_centres())))
     return found
 
 
@@ -175,14 +176,14 @@ def grounding(args, model, table, rows):
     tuned = locate(args, model, table, held, texts, columns) or found
     source = str(table.splits[tuned[0].row])
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
-    each = compare(args, model, table, found, threshold)
+    each = metrics.compare(found, fixed_answers(table), threshold)
     per_class = {}
     for name in sorted({f.label for f in found}):
-        per_class[name] = means([e for e, f in zip(each, found) if f.label == name])
+        per_class[name] = metrics.means([e for e, f in zip(each, found) if f.label == name])
     reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
     worst = min(reach, key=reach.get)
     drops = faithfulness(args, model, table, found, texts, columns)
-    result = {**means(each), "per_class": per_class, "faithfulness": drops, "threshold": threshold,
+    result = {**metrics.means(each), "per_class": per_class, "faithfulness": drops, "threshold": threshold,
               "worst": {"name": worst, "pointing_within_cell": reach[worst]},
               "threshold_from": source, "attention": args.attention, "not_trained_on": unseen}
     values = np.array([list(e["model"].values()) for e in each])  # [findings,scores]
@@ -195,42 +196,22 @@ def grounding(args, model, table, rows):
     print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
     arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found],
               **dict(zip(SCORES, values.T))}
-    films = [{"film": table.images[f.row], "title": f.label, "mask": f.mask, "heat": f.heat,
+    films = [{"film": f.film, "title": f.label, "mask": f.mask, "heat": f.heat,
               "level": threshold} for f in found[:15]]  # the first ones, not the best
     title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2f} of it"
     return result, arrays, lambda path: figures.gallery(path, films, title)
 
 
-def compare(args, model, table, found, threshold):
-    """Of each finding {answer: {score: ...}}, also of trivial answers. The fixed ones are the mean
-    training mask of the class, without one the whole film: highest point, region of best Dice."""
-    everywhere, drawn, fixed, each = np.ones((table.size, table.size), bool), {}, {}, []
+def fixed_answers(table):
+    """{label: (mean of the training masks [S,S], its level of best Dice)}: an answer that needs no
+    look at the image."""
+    drawn = {}
     for row in table.rows("train")[:2000]:  # enough for a mean
         for label, mask in masks_of(table, row):
             drawn.setdefault(label, []).append(mask)
-    for label, masks in drawn.items():
-        mean = np.mean(masks, axis=0)  # [S,S]
-        fixed[label] = mean, metrics.best_dice_threshold([mean] * len(masks), masks)
-    for f in found:
-        mean, level = fixed.get(f.label, (everywhere, 0))
-        regions = metrics.hit_regions(f.mask, *f.cells.shape)
-        own = metrics.grounding_scores([f.cells], [f.mask], threshold, args.image_size,
-                                       model.cell_centres())  # of this one finding
-        each.append({"model": {key: own[key] for key in SCORES},
-                     "random_point": points_at(everywhere, regions),
-                     "brightest_point": points_at(table.images[f.row], regions),
-                     "fixed_point": points_at(mean, regions),
-                     "fixed_region": {"dice": metrics.dice_scores(mean, f.mask, [level])[0]}})
-    return each
-
-
-def means(each):
-    """Means of what `compare` gives: the model's, and the others' under trivial."""
-    mean = {}
-    for answer, scores in each[0].items():
-        values = np.mean([list(e[answer].values()) for e in each], axis=0)
-        mean[answer] = dict(zip(scores, values.tolist()))
-    return {**mean.pop("model"), "n": len(each), "trivial": mean}
+    means = {label: np.mean(masks, axis=0) for label, masks in drawn.items()}
+    return {label: (mean, metrics.best_dice_threshold([mean] * len(drawn[label]), drawn[label]))
+            for label, mean in means.items()}
 
 
 def faithfulness(args, model, table, found, texts, columns):
@@ -243,7 +224,7 @@ def faithfulness(args, model, table, found, texts, columns):
     cell_of = np.clip(np.round((np.arange(size) - offset) / stride), 0, n - 1).astype(int)
     for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten images each
         away = distance_transform_edt(~nearest(f.mask, size, size))[centres][:, centres]  # [n,n]
-        film = data.to_input(torch.from_numpy(table.images[[f.row]]), size)[0]  # [3,size,size]
+        film = data.to_input(torch.tensor(f.film)[None], size)[0]  # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
         films = [film]
         for k in counts:

@@ -156,24 +156,54 @@ def points_at(heat, regions):
     return {rule: float(region[heat == heat.max()].mean()) for rule, region in regions.items()}
 
 
+def map_scores(cells, heat, mask, threshold):
+    """Pointing by three rules, IoU and Dice of a map: its cells [h,w], and on the grid of its mask
+    [H,W] as `upsample_map` gives it."""
+    regions = hit_regions(mask, *cells.shape)
+    dice = float(dice_scores(heat, mask, [threshold])[0])
+    # as released, the whole block of the highest cell points
+    blocks = points_at(nearest(cells, *mask.shape), regions)
+    return {**points_at(heat, regions), "pointing_released": blocks["pointing_released"],
+            "iou": dice / (2 - dice), "dice": dice}
+
+
 def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)):
-    """Pointing by three rules, IoU and Dice of what exceeds `threshold` of a map's maximum: means
-    over maps [h,w] and their masks [H,W], without the empty masks. The rest: `upsample_map`."""
-    each = {key: [] for key in SCORES}
+    """`map_scores` at `threshold` of each map's maximum: means over maps [h,w] and their masks
+    [H,W], without the empty masks. The rest: `upsample_map`."""
+    each = []
     for cells, mask in zip(attention, masks):
         cells, mask = np.asarray(cells, float), np.asarray(mask) > 0
         if mask.any():
-            regions = hit_regions(mask, *cells.shape)
             heat = upsample_map(cells, *mask.shape, size, centres)
-            dice = float(dice_scores(heat, mask, [threshold])[0])
-            scores = {**points_at(heat, regions), "iou": dice / (2 - dice), "dice": dice}
-            # as released, the whole block of the highest cell points
-            blocks = points_at(nearest(cells, *mask.shape), regions)
-            scores["pointing_released"] = blocks["pointing_released"]
-            for key in SCORES:
-                each[key].append(scores[key])
-    means = {key: mean_or_none(values) for key, values in each.items()}
-    return {**means, "threshold": threshold, "n": len(each["dice"])}
+            each.append(map_scores(cells, heat, mask, threshold))
+    means = {key: mean_or_none([scores[key] for scores in each]) for key in SCORES}
+    return {**means, "threshold": threshold, "n": len(each)}
+
+
+def compare(found, fixed, threshold):
+    """Of each finding {answer: {score: ...}}, also of trivial answers. found: what has .label and
+    .film, .mask, .heat [S,S], .cells [h,w]; fixed: {label: (mean mask of other films [S,S], the
+    level of its best Dice)}. A label that is not in `fixed` is answered by the whole film."""
+    each = []
+    for f in found:
+        everywhere = np.ones(f.mask.shape, bool)
+        mean, level = fixed.get(f.label, (everywhere, 0))
+        regions = hit_regions(f.mask, *f.cells.shape)
+        each.append({"model": map_scores(f.cells, f.heat, f.mask, threshold),
+                     "random_point": points_at(everywhere, regions),
+                     "brightest_point": points_at(f.film, regions),
+                     "fixed_point": points_at(mean, regions),
+                     "fixed_region": {"dice": float(dice_scores(mean, f.mask, [level])[0])}})
+    return each
+
+
+def means(each):
+    """Means of what `compare` gives: the model's, and the others' under trivial."""
+    mean = {}
+    for answer, scores in each[0].items():
+        values = np.mean([list(e[answer].values()) for e in each], axis=0)
+        mean[answer] = dict(zip(scores, values.tolist()))
+    return {**mean.pop("model"), "n": len(each), "trivial": mean}
 
 
 def place_scores(truth, scores, counted=True):

@@ -117,7 +117,7 @@ def test_deleting_the_cells_that_matter_takes_the_logit_down():
     model = lambda x, *_: SimpleNamespace(pathology_logits=x[:, 0, :16, :16].mean((1, 2))[:, None])
     model.cell_centres = lambda: (1.5, 4)
     args = SimpleNamespace(seed=0, image_size=64, device="cpu")
-    found = [evaluate.Finding(0, "square", film[0] > 0, cells, None)]
+    found = [evaluate.Finding(0, "square", film[0], film[0] > 0, cells, None)]
     table, columns = SimpleNamespace(images=film), {"square": 0}
     drops = evaluate.faithfulness(args, model, table, found, (), columns)
     assert drops["12"]["map"] == pytest.approx(drops["12"]["mask"])
