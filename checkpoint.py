@@ -178,6 +178,25 @@ def encode_prompts(model, prompts, encoder=None):
     return vectors.to(model.text_projection.weight.device)
 
 
+def build_queries(table, args):
+    """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
+    pathologies, anatomies = list(text.PATHOLOGIES), list(text.ANATOMIES)
+    if "excluded_obs" not in table.names:  # only the published matrix has labels for it
+        pathologies.remove("excluded_obs")
+    if args.queries == "corpus":
+        triplets = (t for i in table.rows("train") for t in table.triplets(i)
+                    if t.pathology in text.PATHOLOGIES)
+        pathologies, anatomies = text.top_queries(triplets, args.pathologies, args.anatomies)
+    pathologies = [name for name in pathologies if name not in table.hidden]
+    book = text.read_pathology_book(args.pathology_book) if args.pathology_book else None
+    p_prompts = text.pathology_prompts(pathologies, book)
+    a_prompts = text.anatomy_prompts(anatomies, published=args.place_words == "published")
+    p_text, a_text = (text.encode_text(x, args.text_encoder) for x in (p_prompts, a_prompts))
+    return {"encoder": args.text_encoder,
+            "pathology": {"names": pathologies, "prompts": p_prompts, "text": p_text},
+            "anatomy": {"names": anatomies, "prompts": a_prompts, "text": a_text}}
+
+
 def give_queries(model, pathology_book=None, encoder=None):
     """The published vocabulary as queries of a model that stores none."""
     book = text.read_pathology_book(pathology_book) if pathology_book else None

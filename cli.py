@@ -7,7 +7,9 @@ line on stderr that says how to mend it, and exit status 2.
 """
 import argparse
 import contextlib
+import json
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
@@ -86,6 +88,21 @@ def atomic(path):
     finally:
         with contextlib.suppress(OSError):  # where there was no folder there is no draft
             draft.unlink()
+
+
+def ignore_signals(_):
+    """A loader's worker serves on when SIGTERM or Ctrl-C reach the whole process group."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def open_log(path, step):
+    """out/log.jsonl without the lines that a killed run wrote after its last checkpoint."""
+    lines = path.read_text().splitlines() if step and path.exists() else []
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    with atomic(path) as draft:
+        draft.write_text("".join(line + "\n" for line in kept))
+    return open(path, "a", buffering=1)
 
 
 def pick_device(name=None):

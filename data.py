@@ -59,7 +59,7 @@ class Table:
         self.drawn = [[Triplet(*pair, 1) for pair in i.truth] for i in items]
         self.names, self.start = reports["names"].tolist(), reports["start"]
         self.flat, self.reports_read, self.problems = reports["cells"], reports["read"], problems
-        self.has_report = self.reports_read == 1
+        self.has_report, self.hidden = self.reports_read == 1, set()
         self.has_reports = bool(self.has_report.any())
         self.label_names, self.labels = list(names), settle_labels(items, names, uncertain)
         if not names and self.has_reports:
@@ -74,19 +74,19 @@ class Table:
         chosen = self.splits != "skipped" if split == "all" else self.splits == split
         return np.flatnonzero(chosen)
 
+    def hold_out(self, pathologies):
+        """From now on their triplets are left out, also out of the bucket of rare findings."""
+        self.hidden = set(pathologies)
+
     def triplets(self, i):
         """[Triplet] of image i's report, concepts by their own names, without what is in doubt."""
-        return [Triplet(self.names[p], self.names[a], int(v))
-                for p, a, v in self.flat[self.start[i]:self.start[i + 1]]]
+        every = [Triplet(self.names[p], self.names[a], int(v))
+                 for p, a, v in self.flat[self.start[i]:self.start[i + 1]]]
+        return [t for t in every if t.pathology not in self.hidden]
 
-    def existence(self, rows, pathologies, anatomies, hidden=()):
-        """int8 [B,n,m] of the reports of `rows`: 1 present, 0 denied, -1 not mentioned. Triplets
-        of the pathologies `hidden` are left out, also out of the bucket of rare findings."""
-        matrices = []
-        for i in rows:
-            triplets = [t for t in self.triplets(i) if t.pathology not in hidden]
-            matrices.append(existence_matrix(triplets, pathologies, anatomies))
-        return np.stack(matrices)                                               # [B,n,m]
+    def existence(self, rows, pathologies, anatomies):
+        """int8 [B,n,m] of the reports of `rows`: 1 present, 0 denied, -1 not mentioned."""
+        return np.stack([existence_matrix(self.triplets(i), pathologies, anatomies) for i in rows])
 
     def truth(self, rows, pathologies, anatomies):
         """int8 [B,n,m] of what phantom.py drew (1) and did not (0); None for real data. -1 at names
@@ -249,12 +249,12 @@ class Batches(Dataset):
     """
 
     def __init__(self, table, rows, batch_size, seed, pathologies, anatomies, size, crop=0.2,
-                 operations=2, flip="swap", hidden=(), rank=0, world=1):
+                 operations=2, flip="swap", rank=0, world=1):
         self.rows = rows[table.has_report[rows]]
         if not len(self.rows):
             raise InputError(f"{table.root}: no training image has a report with a usable triplet")
         self.table, self.batch_size, self.seed = table, batch_size, seed
-        self.pathologies, self.anatomies, self.hidden = pathologies, anatomies, hidden
+        self.pathologies, self.anatomies = pathologies, anatomies
         self.operations, self.flip, self.rank, self.world = operations, flip, rank, world
         self.crop = RandomResizedCrop(size, (crop, 1.0), interpolation=InterpolationMode.BICUBIC)
         self.steps = max(1, len(self.rows) // batch_size)
@@ -276,7 +276,7 @@ class Batches(Dataset):
         """(uint8 [size,size], existence int8 [n,m]) of one image."""
         seed = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)
         torch.default_generator.manual_seed(int(seed[0]))
-        triplets = [t for t in self.table.triplets(row) if t.pathology not in self.hidden]
+        triplets = self.table.triplets(row)
         image = self.crop(Image.fromarray(self.table.images[row]))
         mirrored = self.flip != "none" and torch.rand(()) < 0.5
         if mirrored and self.flip == "swap":

@@ -183,7 +183,8 @@ def grounding(args, model, table, rows):
     reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
     worst = min(reach, key=reach.get)
     drops = faithfulness(args, model, table, found, texts, columns)
-    result = {**metrics.means(each), "per_class": per_class, "faithfulness": drops, "threshold": threshold,
+    result = {**metrics.means(each), "per_class": per_class, "faithfulness": drops,
+              "threshold": threshold,
               "worst": {"name": worst, "pointing_within_cell": reach[worst]},
               "threshold_from": source, "attention": args.attention, "not_trained_on": unseen}
     values = np.array([list(e["model"].values()) for e in each])  # [findings,scores]

@@ -46,6 +46,7 @@ class MeDSLIPConfig:
     mask: str = "sigmoid"       # sigmoid | linear | none | hard (0 or 1, straight-through)
     icl: str = "cosine"         # cosine (learned scale, bias) | bare (as printed) | dot (released)
     existence: str = "embedding"  # embedding (paper) | evidence
+    proto_from: str = "queried"   # ProtoCL reads I_q: queried (paper) | dropped (after dropout)
 
 
 @dataclass
@@ -178,8 +179,8 @@ class Stream(nn.Module):
                                    nn.Linear(channels, dim))
         self.layers = nn.ModuleList(QueryLayer(dim, config.heads, config.dropout)
                                     for _ in range(config.layers))
-        self.norm = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
+        self.norm, self.dropout = nn.LayerNorm(dim), nn.Dropout(config.dropout)
+        self.proto_from = config.proto_from
         if config.existence == "evidence":
             self.layers[0] = QueryLayer(dim, 1, config.dropout, self_attention=False)
             self.existence, self.existence_bias = None, nn.Parameter(torch.zeros(1))
@@ -196,11 +197,13 @@ class Stream(nn.Module):
             queried, layer_scores = layer(queried, tokens)
             scores.append(layer_scores)
         queried = self.norm(queried)                                            # [B,q,D] I_q
+        dropped = self.dropout(queried)
         if self.existence is None:
-            logits = self.evidence(scores[0])
+            logits = self.evidence(scores[0])                                   # [B,q]
         else:
-            logits = self.existence(self.dropout(queried)).squeeze(-1)          # [B,q] p(I_q)
-        return tokens, queried, logits, self.to_z2(queried), scores
+            logits = self.existence(dropped).squeeze(-1)                        # [B,q] p(I_q)
+        z = self.to_z2(dropped if self.proto_from == "dropped" else queried)    # [B,q,T] Z_2
+        return tokens, queried, logits, z, scores
 
     def evidence(self, scores):
         """The first layer's scores [B,1,q,t] -> existence logits [B,q].

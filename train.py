@@ -21,14 +21,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import training_state
-from cli import InputError, Parser, atomic, join_processes, number, pick_amp, run
+from checkpoint import build_queries, training_state
+from cli import (InputError, Parser, atomic, ignore_signals, join_processes, number, open_log,
+                 pick_amp, run)
 from data import DATASETS, Batches, add_data_flags, load_from_args, normalise, to_input
 from losses import image_labels, medslip_loss
 from metrics import classification_scores
 from model import MeDSLIP, MeDSLIPConfig
-from text import (ANATOMIES, CLINICAL_BERT, PATHOLOGIES, anatomy_prompts, encode_text,
-                  pathology_prompts, read_pathology_book, top_queries)
+from text import CLINICAL_BERT
 
 # ------------------------------------------------------------------------------------------- flags
 
@@ -38,7 +38,9 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "existence":   ("embedding", "embedding", "evidence"),
     "unmentioned": ("negative", "ignore", "negative"),
     "flip":        ("naive", "naive", "swap"),          # paper: silent
+    "proto_from":  ("queried", "dropped", "queried"),   # ProtoCL reads I_q before or after dropout
     "init_std":    (0.02, 0.02, 0.0),                   # paper: silent; 0: by width, see model.py
+    "schedule":    ("smooth", "released", "smooth"),    # see `released_rate`
     "decay":       ("all", "all", "matrices"),          # paper: silent; ours spares biases, norms
     "clip":        (math.inf, math.inf, 1.0),           # paper: silent
     "amp":         ("off", "off", "auto"),              # paper: silent
@@ -95,6 +97,7 @@ def parse_args(argv=None):
     g.add_argument("--mask", choices=["sigmoid", "linear", "none", "hard"], help="see model.py")
     g.add_argument("--icl", choices=["cosine", "bare", "dot"], help="bare: Eq. 5 as printed")
     g.add_argument("--existence", choices=["evidence", "embedding"], help="embedding: the paper's")
+    g.add_argument("--proto-from", choices=["queried", "dropped"], help="dropped: after dropout")
     g.add_argument("--unmentioned", choices=["negative", "ignore"], help="what reports do not say")
     g.add_argument("--flip", choices=["swap", "none", "naive"], help="naive: sides not exchanged")
     g = p.add_argument_group("augmentation, optimisation, run")
@@ -107,6 +110,7 @@ def parse_args(argv=None):
     g.add_argument("--lr", type=number(float, 0), help="peak learning rate")
     g.add_argument("--min-lr", type=number(float, 0), help="at the start and at the end")
     g.add_argument("--warmup-epochs", type=number(float, 0))
+    g.add_argument("--schedule", choices=["smooth", "released"], help="of the learning rate")
     g.add_argument("--weight-decay", type=number(float, 0))
     g.add_argument("--decay", choices=["matrices", "all"], help="what weight decay acts on")
     g.add_argument("--clip", type=number(float, 1e-6), help="largest gradient norm; inf: no limit")
@@ -116,6 +120,7 @@ def parse_args(argv=None):
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], help="auto: see cli.pick_amp")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument("--sync-batchnorm", action="store_true", help="one batch norm over all GPUs")
     g.add_argument("--log-every", type=number(int, 1), help="steps")
     g.add_argument("--save-every", type=number(int, 1), help="steps, beside the end of each epoch")
     return p.parse_args(argv)
@@ -156,24 +161,30 @@ def learning_rate(step, warmup_steps, total_steps, lr, min_lr):
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_queries(table, args):
-    """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
-    pathologies, anatomies = list(PATHOLOGIES), list(ANATOMIES)
-    if args.queries == "corpus":
-        triplets = (t for i in table.rows("train") for t in table.triplets(i)
-                    if t.pathology in PATHOLOGIES)
-        pathologies, anatomies = top_queries(triplets, args.pathologies, args.anatomies)
-    for name in filter(None, args.hold_out.split(",")):
-        if name not in pathologies:
-            raise InputError(f"--hold-out {name} is no query; they are {', '.join(pathologies)}")
-        pathologies.remove(name)
-    book = read_pathology_book(args.pathology_book) if args.pathology_book else None
-    p_prompts = pathology_prompts(pathologies, book)
-    a_prompts = anatomy_prompts(anatomies, published=args.place_words == "published")
-    p_text, a_text = (encode_text(x, args.text_encoder) for x in (p_prompts, a_prompts))
-    return {"encoder": args.text_encoder,
-            "pathology": {"names": pathologies, "prompts": p_prompts, "text": p_text},
-            "anatomy": {"names": anatomies, "prompts": a_prompts, "text": a_text}}
+def released_rate(step, per_epoch, epochs, lr, min_lr):
+    """The released schedule: five steps up to `lr` in the first 500 iterations, whatever the length
+    of an epoch; from epoch 1 on a cosine that is read at the start of each epoch."""
+    epoch = step // per_epoch
+    if epoch == 0:
+        return min_lr + (lr - min_lr) * min(step // 100, 5) / 5
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+
+
+def prepare(args, saved, rank, world):
+    """The table and the queries. The first process prepares, the others wait and find it done."""
+    if rank > 0:
+        torch.distributed.barrier()
+    table = load_from_args(args, args.image_size)
+    if not table.has_reports:
+        raise InputError(f"{args.data} has no reports to learn from; see --data and --triplets")
+    hidden = set(filter(None, args.hold_out.split(",")))
+    if not hidden <= set(table.names):
+        raise InputError(f"--hold-out {args.hold_out}: the reports know {', '.join(table.names)}")
+    table.hold_out(hidden)
+    queries = saved.get("queries") or build_queries(table, args)
+    if world > 1 and rank == 0:
+        torch.distributed.barrier()
+    return table, queries
 
 
 def build_model(queries, table, rows, args):
@@ -184,17 +195,16 @@ def build_model(queries, table, rows, args):
         backbone=args.backbone, image_size=args.image_size, dim=args.dim, layers=args.layers,
         heads=args.heads, text_dim=text.shape[1], dropout=args.dropout,
         position=args.position == "sincos", streams=args.streams, mask=args.mask, icl=args.icl,
-        existence=args.existence))
+        existence=args.existence, proto_from=args.proto_from))
     if args.init_std:
         model.initialise(args.init_std)
         return model
-    existence = torch.from_numpy(table.existence(
-        rows[:2000], queries["pathology"]["names"], queries["anatomy"]["names"],
-        args.hold_out.split(",")))                                              # [<=2000,n,m]
-    if args.unmentioned == "negative":
-        existence = existence.clamp(min=0)
-    rates = [((labels == 1).sum() / (labels >= 0).sum().clamp(min=1)).clamp(0.001, 0.999).item()
-             for labels in image_labels(existence)]
+    names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
+    existence = torch.from_numpy(table.existence(rows[:2000], *names))          # [<=2000,n,m]
+    rates = []
+    for labels in image_labels(existence):                                      # [.,m], [.,n]
+        known = labels.numel() if args.unmentioned == "negative" else int((labels >= 0).sum())
+        rates.append(min(max(int((labels == 1).sum()) / max(known, 1), 0.001), 0.999))
     model.start_from(text, *rates)
     return model
 
@@ -210,35 +220,20 @@ def build_optimizer(parameters, args):
 @torch.inference_mode()
 def validate(model, table, queries, args, autocast):
     """Macro AUROC of pathology existence by the validation reports; 0 where there are none."""
-    model.eval()
     rows = np.flatnonzero((table.splits == "validate") & table.has_report)
-    device, hidden = model.text_projection.weight.device, args.hold_out.split(",")
-    kinds = [queries["pathology"], queries["anatomy"]]
-    texts, names = [k["text"].to(device) for k in kinds], [k["names"] for k in kinds]
-    scores, labels = [torch.empty(0, len(names[0]))], [torch.empty(0, len(names[0]))]
+    if not len(rows):
+        return 0.0
+    kinds, scores = [queries["pathology"], queries["anatomy"]], []
+    texts = [kind["text"].to(model.text_projection.weight.device) for kind in kinds]
+    existence = torch.from_numpy(table.existence(rows, *[kind["names"] for kind in kinds]))
+    labels = image_labels(existence)[0].clamp(min=0 if args.unmentioned == "negative" else -1)
+    model.eval()
     for chunk in np.split(rows, range(64, len(rows), 64)):
-        images = torch.from_numpy(table.images[chunk]).to(device)
+        images = torch.from_numpy(table.images[chunk]).to(texts[0].device)
         with autocast:
             out = model(to_input(images, model.config.image_size), *texts)
         scores.append(out.pathology_logits.float().cpu())                       # [b,m]
-        labels.append(image_labels(torch.from_numpy(table.existence(chunk, *names, hidden)))[0])
-    labels = torch.cat(labels).clamp(min=0 if args.unmentioned == "negative" else -1).numpy()
-    return classification_scores(labels, torch.cat(scores).numpy())["auroc"] or 0.0
-
-
-def ignore_signals(_):
-    """A loader's worker serves on when SIGTERM or Ctrl-C reach the whole process group."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def open_log(path, step):
-    """out/log.jsonl without the lines that a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines() if step and path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    with atomic(path) as draft:
-        draft.write_text("".join(line + "\n" for line in kept))
-    return open(path, "a", buffering=1)
+    return classification_scores(labels.numpy(), torch.cat(scores).numpy())["auroc"] or 0.0
 
 
 # ------------------------------------------------------------------------------------------ the run
@@ -256,27 +251,21 @@ def main(args):
     autocast = torch.autocast(device.type, amp) if amp else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
 
-    # ---- data and queries: the first process prepares, the others find it done
-    if rank > 0:
-        torch.distributed.barrier()
-    table = load_from_args(args, args.image_size)
-    if not table.has_reports:
-        raise InputError(f"{args.data} has no reports to learn from; see --data and --triplets")
-    queries = saved.get("queries") or build_queries(table, args)
-    if world > 1 and rank == 0:
-        torch.distributed.barrier()
+    table, queries = prepare(args, saved, rank, world)
     pathologies, anatomies = queries["pathology"]["names"], queries["anatomy"]["names"]
     pathology_text = queries["pathology"]["text"].to(device)                    # [m,T]
     anatomy_text = queries["anatomy"]["text"].to(device)                        # [n,T]
     batches = Batches(table, table.rows("train"), args.batch_size, args.seed, pathologies,
-                      anatomies, args.image_size, args.crop, args.augment_ops, args.flip,
-                      args.hold_out.split(","), rank, world)
+                      anatomies, args.image_size, args.crop, args.augment_ops, args.flip, rank,
+                      world)
     per_epoch = len(batches)
     total = min(args.epochs * per_epoch, args.max_steps or math.inf)
 
     # ---- model and optimizer; raw_model stays bare for saving and evaluation
     raw_model = build_model(queries, table, batches.rows, args).to(
         device, memory_format=torch.channels_last)
+    if args.sync_batchnorm and device.type == "cuda":
+        raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
     model = torch.compile(raw_model) if args.compile else raw_model
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
@@ -348,9 +337,13 @@ def main(args):
         images = normalise(batch["images"].to(device, non_blocking=True))       # [b,3,H,W]
         images = images.contiguous(memory_format=torch.channels_last)
         existence = batch["existence"].to(device, non_blocking=True)            # [b,n,m]
+        if args.schedule == "smooth":
+            rate = learning_rate(step, args.warmup_epochs * per_epoch, args.epochs * per_epoch,
+                                 args.lr, args.min_lr)
+        else:
+            rate = released_rate(step, per_epoch, args.epochs, args.lr, args.min_lr)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, args.warmup_epochs * per_epoch,
-                                        args.epochs * per_epoch, args.lr, args.min_lr)
+            group["lr"] = rate
         model.train()
         losses = 0
         for k in range(args.accumulate):
@@ -381,7 +374,7 @@ def main(args):
             if not math.isfinite(loss):
                 stop_at("the loss is")
             if rank == 0:
-                write_log(step=step, epoch=step / per_epoch, lr=optimizer.param_groups[0]["lr"],
+                write_log(step=step, epoch=step / per_epoch, lr=rate,
                           loss=loss, existence=exist, protocl=proto, icl=icl,
                           grad_norm=norm.item())
                 bar.set_postfix_str(f"loss {loss:.3f}: existence {exist:.3f}, ProtoCL {proto:.3f}, "

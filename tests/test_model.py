@@ -172,6 +172,14 @@ def test_mask():
     assert set((x_p / x).unique().tolist()) == {0, 1}  # hard: each feature goes to one stream
 
 
+@pytest.mark.parametrize("proto_from, dropped", [("queried", False), ("dropped", True)])
+def test_what_protocl_reads(proto_from, dropped):
+    """Z_2 in training is the projection of I_q, or of I_q with a part of it set to zero."""
+    stream = MeDSLIP(MeDSLIPConfig(**SMALL, dropout=0.5, proto_from=proto_from)).pathology.train()
+    _, queried, _, z, _ = stream(torch.rand(2, 64, 96), torch.rand(3, 16))
+    assert torch.allclose(z, stream.to_z2(queried), atol=1e-5) != dropped
+
+
 def test_relation():
     model, _, out = ask()
     bare = ask(icl="bare")[2].relation_logits

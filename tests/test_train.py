@@ -67,13 +67,21 @@ def test_learning_rate():
     assert rates[6] == pytest.approx(0.6) and rates[8] == pytest.approx(0.2)  # half way, end
 
 
+def test_released_rate():
+    """Five steps of 100 iterations up to 1, then a cosine from epoch to epoch: 1 -> 0.2."""
+    rates = [train.released_rate(step, 700, 10, 1.0, 0.2) for step in (0, 99, 100, 499, 699)]
+    assert rates == pytest.approx([0.2, 0.2, 0.36, 0.84, 1.0])
+    assert train.released_rate(5 * 700 + 699, 700, 10, 1.0, 0.2) == pytest.approx(0.6)
+
+
 @pytest.mark.parametrize("flags", [
     "--recipe paper", "--recipe released", "--streams single --contrast random",
     "--contrast none --beta 0", "--mask none --icl bare", "--mask hard --existence embedding",
-    "--flip none --unmentioned ignore", "--hold-out effusion", "--augment-ops 2 --amp bf16"])
+    "--flip none --unmentioned ignore", "--hold-out effusion --queries published", "--augment-ops 2 --amp bf16"])
 def test_every_switch_trains(phantoms, tmp_path, flags):
     checkpoint = run_here(phantoms, tmp_path, "--max-steps", "2", *flags.split())
     assert checkpoint["step"] == 2
+    assert "excluded_obs" not in checkpoint["queries"]["pathology"]["names"]  # has no labels
     if "--hold-out" in flags:
         assert "effusion" not in checkpoint["queries"]["pathology"]["names"]
 
