@@ -77,7 +77,8 @@ def test_released_rate():
 @pytest.mark.parametrize("flags", [
     "--recipe paper", "--recipe released", "--streams single --contrast random",
     "--contrast none --beta 0", "--mask none --icl bare", "--mask hard --existence embedding",
-    "--flip none --unmentioned ignore", "--hold-out effusion --queries published", "--augment-ops 2 --amp bf16"])
+    "--flip none --unmentioned ignore", "--hold-out effusion --queries published",
+    "--augment-ops 2 --amp bf16"])
 def test_every_switch_trains(phantoms, tmp_path, flags):
     checkpoint = run_here(phantoms, tmp_path, "--max-steps", "2", *flags.split())
     assert checkpoint["step"] == 2
