@@ -16,6 +16,11 @@ FILES = ("test*.txt",)
 GET = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 256
 LABELS = ["COVID-19"]
+PAPER_PROMPT = (  # the published run asks for COVID-19 by these words (Sec. III-C)
+    "COVID-19, caused by the SARS-CoV-2 virus, primarily affects the respiratory system and can be "
+    "identified on chest X-rays by characteristic bilateral, peripheral ground-glass opacities. "
+    "These radiographic findings are most commonly seen in the lower lobes of the lungs and can "
+    "progress to multifocal consolidation as the disease advances.")
 LINE = re.compile(r"(.+?) +(\S+) +(positive|negative|covid-19|pneumonia|normal)( +\S+)? *", re.I)
 
 
