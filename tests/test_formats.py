@@ -221,11 +221,11 @@ def test_siim_habits_of_stage_1_and_the_png_repack(tmp_path):
 
 def test_covidx_lines_of_all_versions(tmp_path):
     fill(tmp_path, {"test_COVIDx8B.txt": "COVID 1 COVID(1).png positive sirm\n\n7 x.png\n"
-                    "old 3 old.png COVID-19\n", "train.txt": "9 y.jpeg pneumonia rsna\n"})
+                    "8 z.png COVID-19 cohen\n", "train.txt": "9 y.jpeg pneumonia rsna\n"})
     _, items, problems = read(covidx, tmp_path)
     assert [(i.patient, i.path, i.labels) for i in items.values()] == [
         ("9", "train/y.jpeg", (0,)), ("COVID 1", "test/COVID(1).png", (1,)),
-        ("old 3", "test/old.png", (1,))] and problems == 1
+        ("8", "test/z.png", (1,))] and problems == 1
 
 
 def test_chexpert_paths_and_test_release(tmp_path):
