@@ -118,11 +118,11 @@ class Table:
         """The labels that boxes or masks locate in image i."""
         return sorted({mark[0] for mark in (*self.boxes[i], *(self.masks[i] or ()))})
 
-    def mask(self, i, label, boxes_only=False):
+    def mask(self, i, label):
         """bool [H,W]: image i's masks of a label joined; else its boxes filled, on the S x S grid;
         None where nobody looked for it. InputError if a mask file cannot be read."""
         masks = [mask for mask in self.masks[i] or () if mask.label == label]
-        if masks and not boxes_only:
+        if masks:
             try:
                 return np.any([read_mask(self.root, mask) for mask in masks], axis=0)
             except Exception:

@@ -40,7 +40,7 @@ def parse_args(argv=None):
     p.add_argument("--task", required=True, choices=[*TASKS, "predict"])
     p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
     p.add_argument("--split", default="test", choices=["train", "validate", "test", "all"],
-                   help="all: the full data set, as Table VI has it")
+                   help="all: Table VI's full data set; its validate part still gives thresholds")
     p.add_argument("--protocol", default="honest", choices=["honest", "published"],
                    help="published: also the scores of classification and grounding as the "
                    "released scripts compute them; asks covidx by the paper's prompt")
@@ -61,7 +61,7 @@ def parse_args(argv=None):
     g.add_argument("--batch-size", type=number(int, 1), default=64)
     data.add_data_flags(p)
     args = p.parse_args(argv)
-    if args.protocol == "published" and args.dataset == "covidx":
+    if (args.protocol, args.task, args.dataset) == ("published", "classification", "covidx"):
         args.prompt = args.prompt or covidx.PAPER_PROMPT
     return args
 

@@ -4,7 +4,8 @@
     python -m pytest tests/test_metrics.py    # each of them on cases that a pencil can check
 
 Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds.
-Differs from the released code: a map is divided by its own maximum, there by that of its batch.
+Differs from the released code: a map is divided by its own maximum, there by that of its batch;
+released_scores and released_regions do as it does.
 """
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
@@ -74,14 +75,14 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
 
 
 def released_scores(labels, scores):
-    """Means over the classes of [N,L] as the released scripts compute them: accuracy counts what
-    lies above a threshold, not at it."""
+    """Means over the classes of [N,L] as the released scripts compute them; "how" says how."""
     best, accuracies = classification_scores(labels, scores), []
     for column, score, one in zip(labels.T, scores.T, best["per_class"].values()):
         if one["threshold"] is not None:
             found, known = score > one["threshold"], column >= 0
             accuracies.append((found == column)[known].mean())
-    return {"how": "mean of all labels; F1 and ACC at each one's best F1 on these very images",
+    return {"how": "mean of all labels, F1 at each one's best threshold on these very images, "
+                   "ACC of what lies above that threshold, not at it",
             "auroc": best["auroc"], "f1": best["f1"], "acc": mean_or_none(accuracies)}
 
 
@@ -245,7 +246,7 @@ def compare(found, fixed, threshold):
 def released_regions(found):
     """Scores of findings, as `compare` takes them, as the released scripts draw regions: a cell
     fills its block, and counts if it exceeds a fixed share of the maximum of the batch. Here that
-    is the maximum of all maps of a label, so that the batch size does not matter."""
+    is the maximum of a label's scored maps, so that the batch size does not matter."""
     highest, scores = {}, {
         "how": "blocks above 0 (MeDSLIP's released threshold: a softmax is never 0, so nearly the "
         "whole film), and above 0.008 of the maximum (MedKLIP's)"}

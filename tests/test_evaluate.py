@@ -148,6 +148,7 @@ def test_covidx_is_asked_by_the_papers_words():
     assert ask(*covidx) is None and ask(*published) is None
     assert ask(*covidx, *published).startswith("COVID-19, caused by the SARS-CoV-2 virus")
     assert ask(*covidx, *published, "--prompt", "mine") == "mine"
+    assert ask(*covidx, *published, "--task", "relation") is None  # takes no prompt
 
 
 def test_dicom_files_are_equalised_for_a_model_of_mimic(tmp_path):
