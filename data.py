@@ -31,7 +31,7 @@ from torchvision.transforms.v2 import InterpolationMode, RandomResizedCrop
 
 from cli import InputError, Parser, cores, number, run
 from formats import PATHOLOGY
-from formats.images import read_mask, trouble
+from formats.images import DICOM, read_mask, trouble
 from formats.items import FORMATS, find_root, read_items, settle_labels, settle_splits
 from formats.prepare import READY, prepare_images, read_reports
 from text import PATHOLOGIES, Triplet, existence_matrix, swap_sides
@@ -46,11 +46,14 @@ class Table:
     images uint8 [N,S,S]; ids, patients [N]; splits [N] (train, validate, test; skipped where the
     file was unusable: that row stays, black); label_names [L] and labels int8 [N,L] (1, 0, -1
     unknown), label_pathologies their names in our vocabulary or None; has_report bool [N], whether
-    a report gave a definite triplet; boxes and masks as the formats' Items have them.
+    a report gave a definite triplet; boxes and masks as the formats' Items have them; equalized,
+    whether DICOM files were histogram-equalised.
     """
 
-    def __init__(self, dataset, root, items, names, images, state, reports, uncertain, problems):
+    def __init__(self, dataset, root, items, names, images, state, reports, uncertain, problems,
+                 equalized):
         self.dataset, self.root, self.images, self.size = dataset, root, images, images.shape[1]
+        self.equalized = equalized
         self.ids, self.patients = [i.id for i in items], [i.patient for i in items]
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
         self.splits[state != READY] = "skipped"
@@ -115,11 +118,11 @@ class Table:
         """The labels that boxes or masks locate in image i."""
         return sorted({mark[0] for mark in (*self.boxes[i], *(self.masks[i] or ()))})
 
-    def mask(self, i, label, boxes_only=False):
+    def mask(self, i, label):
         """bool [H,W]: image i's masks of a label joined; else its boxes filled, on the S x S grid;
         None where nobody looked for it. InputError if a mask file cannot be read."""
         masks = [mask for mask in self.masks[i] or () if mask.label == label]
-        if masks and not boxes_only:
+        if masks:
             try:
                 return np.any([read_mask(self.root, mask) for mask in masks], axis=0)
             except Exception:
@@ -138,7 +141,7 @@ class Table:
 
 
 def load(dataset, root=None, size=None, views=None, cache_dir=None, workers=None,
-         uncertain=None, labels=None, triplets=None, check=False):
+         uncertain=None, labels=None, triplets=None, check=False, equalize=False):
     """A data set as a Table. The first call prepares it; later ones map its images into memory.
 
     size: pixels a side (default 64 for synthetic, else 256); the rest: see add_data_flags, None
@@ -154,16 +157,18 @@ def load(dataset, root=None, size=None, views=None, cache_dir=None, workers=None
     names, items, problems = read_items(dataset, root, views or source.VIEWS, labels)
     size = size or (64 if dataset == "synthetic" else 256)
     digest = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:8]
-    folder = Path(cache_dir or root, f"prepared-{size}-{digest}")
+    equalize = equalize and any(item.path.lower().endswith(DICOM) for item in items)
+    kind = f"{size}-eq" if equalize else size
+    folder = Path(cache_dir or root, f"prepared-{kind}-{digest}")
     try:
-        images, state, reasons = prepare_images(root, items, folder, size, workers, check)
+        images, state, reasons = prepare_images(root, items, folder, size, workers, check, equalize)
         reports = read_reports(root, items, folder, triplets or "rules", workers)
     except OSError as error:
         raise InputError(f"cannot prepare {folder} ({error.strerror}); what was finished is kept; "
                          "--cache-dir DIR puts it elsewhere") from None
     problems += [(reason, items[row].path) for row, reason in reasons.items()]
     table = Table(dataset, root, items, names, images, state, reports, uncertain or "ignore",
-                  problems)
+                  problems, equalize)
     if not len(table.rows()):
         raise InputError(f"{root}: none of {len(items)} images can be used, the first: "
                          f"{problems[-1]}")
@@ -306,16 +311,27 @@ def add_data_flags(parser):
                        help="label file of mimic (chexpert)")
     group.add_argument("--triplets", help="rules (default), a RadGraph .json, or a folder with "
                        "landmark_observation_adj_mtx.npy and train.json")
+    group.add_argument("--equalize", choices=("on", "off"), help="even the histograms of DICOM "
+                       "files, as MIMIC-CXR-JPG's publisher did (on for a model trained on MIMIC)")
     group.add_argument("--workers", type=number(int, 0), help="processes (default: one per core to "
                        "prepare data; to train 4 with a GPU, none without)")
 
 
-def load_from_args(args, image_size=0, check=False):
-    """load() with a script's flags. Images are stored at least as large as the model takes them."""
+def equalizes(args, model=None):
+    """--equalize; left out, it is on for a model of MIMIC-CXR-JPG, whose images were equalised.
+    That is also what a published checkpoint saw, which stores no flags."""
+    if args.equalize is None:
+        return model is not None and model.args.get("data", "mimic") == "mimic"
+    return args.equalize == "on"
+
+
+def load_from_args(args, image_size=0, check=False, model=None):
+    """load() with a script's flags, for a model, if there is one already. Images are stored at
+    least as large as it takes them."""
     dataset = args.dataset if "dataset" in args else args.data
     size = max(64 if dataset == "synthetic" else 256, image_size)
     return load(dataset, args.root, size, args.views, args.cache_dir, args.workers, args.uncertain,
-                args.labels, args.triplets, check)
+                args.labels, args.triplets, check, equalizes(args, model))
 
 
 def find_problems(table):
@@ -339,6 +355,8 @@ def print_receipt(table):
     rows = table.rows()
     print(f"{table.dataset} at {table.root}: {len(rows)} of {len(table)} images can be used, "
           f"{len({table.patients[i] for i in rows})} patients, {table.size} pixels a side")
+    if table.equalized:
+        print("DICOM     histogram-equalised")
     counts = [f"{split} {len(table.rows(split))}" for split in ("train", "validate", "test")]
     print(f"splits    {', '.join(counts)} ({table.split_source})")
     if table.has_reports:

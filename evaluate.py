@@ -7,7 +7,8 @@
 A task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
 labels of each image) and .png. N images, L labels, S stored pixels. Differs from the released code:
 - Thresholds come from validation where it has any labels. For classification the best ones on the
-  test set, as reported in this literature, stand beside them (customary).
+  test set, as reported in this literature, stand beside them (customary). --protocol published
+  adds what the released scripts compute, to be compared with the paper's figures.
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
 - Embeddings stand beside an untrained network's: what both show, training did not make.
@@ -18,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import distance_transform_edt
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -28,6 +28,7 @@ import figures
 import metrics
 from checkpoint import give_queries, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
+from formats import covidx
 from formats.images import read_image, trouble
 from metrics import SCORES, nearest
 from model import MeDSLIP
@@ -38,7 +39,11 @@ def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--task", required=True, choices=[*TASKS, "predict"])
     p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
-    p.add_argument("--split", default="test", choices=["train", "validate", "test"])
+    p.add_argument("--split", default="test", choices=["train", "validate", "test", "all"],
+                   help="all: Table VI's full data set; its validate part still gives thresholds")
+    p.add_argument("--protocol", default="honest", choices=["honest", "published"],
+                   help="published: also the scores of classification and grounding as the "
+                   "released scripts compute them; asks covidx by the paper's prompt")
     p.add_argument("--limit", type=number(int, 1), help="only the first N images of each split")
     p.add_argument("--image", default="", metavar="FILE", help="a radiograph, for predict")
     p.add_argument("--prompt", help="asks in your words for the one label without a stored query")
@@ -55,7 +60,10 @@ def parse_args(argv=None):
     g.add_argument("--device", help="cuda where there is one, else cpu")
     g.add_argument("--batch-size", type=number(int, 1), default=64)
     data.add_data_flags(p)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if (args.protocol, args.task, args.dataset) == ("published", "classification", "covidx"):
+        args.prompt = args.prompt or covidx.PAPER_PROMPT
+    return args
 
 
 def read_model(args):
@@ -112,26 +120,26 @@ def classification(args, model, table, rows):
 
     truth, scores = answers(rows)
     held, patients = table.rows("validate")[:args.limit], np.array(table.patients)[rows]
-    thresholds, source = np.full(len(names), None), args.split  # None: the best on these labels
+    thresholds, source, lines = np.full(len(names), None), args.split, {}  # None: the best here
     if len(held):
-        best, source = metrics.classification_scores(*answers(held))["threshold"], "validate"
-        # where validation has no positives, or no negatives, there is no best one
-        thresholds = np.array([0.5 if t is None else t for t in best.values()])  # [L]
-    new, blocks, lines = np.isin(names, unseen), [], {}
-    for title, part in (("trained on", ~new), ("not trained on", new)):
-        if part.any():
-            block = metrics.scores_with_intervals(truth[:, part], scores[:, part], thresholds[part],
-                                                  names[part], args.bootstrap, args.seed, patients)
-            blocks.append(block)
-            lines |= {**block["per_class"], f"mean, {title}": block,
-                      f"customary, {title}": block["customary"]}
-    print_table("", lines, ("n_pos", "auroc", "auroc_ci95", "ap", "f1", "acc"))
+        thresholds, source = metrics.best_thresholds(*answers(held)), "validate"
+    blocks = metrics.scores_of_parts(truth, scores, thresholds, names, np.isin(names, unseen),
+                                     args.bootstrap, args.seed, patients)
+    for title, block in blocks.items():
+        lines |= {**block["per_class"], f"mean, {title}": block,
+                  f"customary, {title}": block["customary"]}
+    for name, value in metrics.auroc_healthy(truth, scores, names).items():
+        lines[name]["auroc_healthy"] = value
+    print_table("", lines, ("n_pos", "auroc", "auroc_ci95", "auroc_healthy", "ap", "f1", "acc"))
     print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}; customary: "
-          f"at the best on {args.split} itself, which flatters; a guess has AUROC 0.5")
-    result = {**blocks[0], "thresholds_from": source, "not_trained_on": unseen,
+          "at the best on these very images, which flatters; a guess has AUROC 0.5")
+    parts = list(blocks.values())
+    result = {**parts[0], "thresholds_from": source, "not_trained_on": unseen,
               "trivial": {"auroc": 0.5}}
-    if len(blocks) == 2:
-        result["unseen"] = blocks[1]
+    if len(parts) == 2:
+        result["unseen"] = parts[1]
+    if args.protocol == "published":
+        result["published"] = metrics.released_scores(truth, scores)
     classes, ids = {name: lines[name] for name in labels}, [table.ids[i] for i in rows]
     arrays = {"ids": ids, "names": names, "labels": truth, "scores": scores}
     return result, arrays, lambda path: figures.draw_classes(path, classes, names, truth, scores)
@@ -172,67 +180,45 @@ def grounding(args, model, table, rows):
     found = locate(args, model, table, rows, texts, columns)
     if not found:
         raise InputError(f"nothing is located in the {args.split} split of {args.dataset}")
-    # a data set without located validation images is tuned on what is scored
-    tuned = locate(args, model, table, held, texts, columns) or found
-    source = str(table.splits[tuned[0].row])
+    tuned, source = locate(args, model, table, held, texts, columns), "validate"
+    if not tuned:  # nothing is located there: tuned on what is scored
+        tuned, source = found, args.split
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
-    each = metrics.compare(found, fixed_answers(table), threshold)
-    per_class = {}
-    for name in sorted({f.label for f in found}):
-        per_class[name] = metrics.means([e for e, f in zip(each, found) if f.label == name])
-    reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
-    worst = min(reach, key=reach.get)
-    drops = faithfulness(args, model, table, found, texts, columns)
-    result = {**metrics.means(each), "per_class": per_class, "faithfulness": drops,
-              "threshold": threshold,
-              "worst": {"name": worst, "pointing_within_cell": reach[worst]},
-              "threshold_from": source, "attention": args.attention, "not_trained_on": unseen}
-    values = np.array([list(e["model"].values()) for e in each])  # [findings,scores]
+    drawn = []
+    for row in table.rows("train")[:2000]:  # enough for a mean
+        drawn += masks_of(table, row)
+    each = metrics.compare(found, metrics.fixed_answers(drawn), threshold)
     patients = np.array(table.patients)[[f.row for f in found]]  # [findings]
-    intervals = metrics.bootstrap_ci(lambda _, v: v.mean(0), values, values, args.bootstrap,
-                                     args.seed, patients)
-    result |= {f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}
-    print_table("", {**per_class, "all": result, **result["trivial"]}, ("n", *SCORES))
-    print(f"regions above {threshold:.2f} of the maximum (from {source}); worst class: {worst}\n")
+    drops = faithfulness(args, model, table, found, texts, columns)
+    result = {**metrics.grounding_summary(found, each, patients, args.bootstrap, args.seed),
+              "faithfulness": drops, "threshold": threshold, "threshold_from": source,
+              "attention": args.attention, "not_trained_on": unseen}
+    print_table("", {**result["per_class"], "all": result, **result["trivial"]}, ("n", *SCORES))
+    print(f"regions above {threshold:.2f} of the maximum (from {source}); worst class: "
+          f"{result['worst']['name']}\n")
+    if args.protocol == "published":
+        result["published"] = metrics.released_regions(found)
     print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
-    arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found],
-              **dict(zip(SCORES, values.T))}
+    arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found]}
+    for key in SCORES:
+        arrays[key] = [e["model"][key] for e in each]
     films = [{"film": f.film, "title": f.label, "mask": f.mask, "heat": f.heat,
               "level": threshold} for f in found[:15]]  # the first ones, not the best
     title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2f} of it"
     return result, arrays, lambda path: figures.gallery(path, films, title)
 
 
-def fixed_answers(table):
-    """{label: (mean of the training masks [S,S], its level of best Dice)}: an answer that needs no
-    look at the image."""
-    drawn = {}
-    for row in table.rows("train")[:2000]:  # enough for a mean
-        for label, mask in masks_of(table, row):
-            drawn.setdefault(label, []).append(mask)
-    means = {label: np.mean(masks, axis=0) for label, masks in drawn.items()}
-    return {label: (mean, metrics.best_dice_threshold([mean] * len(drawn[label]), drawn[label]))
-            for label, mean in means.items()}
-
-
 def faithfulness(args, model, table, found, texts, columns):
-    """How far a finding's logit falls when k cells of its film are blurred: the highest of its map,
-    random ones, those in or next to its mask. Means over findings, {"4": {"map": ...}}."""
-    rng, size, n, drops = np.random.default_rng(args.seed), args.image_size, len(found[0].cells), []
-    (offset, stride), counts, ways = model.cell_centres(), (4, 12, 32), ("map", "random", "mask")
-    # the pixel that each cell looks at [n], and the cell that each pixel is deleted with [size]
-    centres = np.clip(np.round(offset + stride * np.arange(n)), 0, size - 1).astype(int)
-    cell_of = np.clip(np.round((np.arange(size) - offset) / stride), 0, n - 1).astype(int)
+    """How far a finding's logit falls when the k cells of `metrics.deletions` are blurred. Means
+    over findings, {"4": {"map": ...}}."""
+    rng, size, drops = np.random.default_rng(args.seed), args.image_size, []
+    counts, ways = (4, 12, 32), ("map", "random", "mask")
     for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten images each
-        away = distance_transform_edt(~nearest(f.mask, size, size))[centres][:, centres]  # [n,n]
         film = data.to_input(torch.tensor(f.film)[None], size)[0]  # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
         films = [film]
-        for k in counts:
-            for order in (-f.cells, rng.random((n, n)), away):
-                rank = np.argsort(np.argsort(order.ravel(), kind="stable")).reshape(n, n)
-                gone = torch.from_numpy(rank[cell_of][:, cell_of] < k)  # [size,size]
-                films.append(torch.where(gone, blurred, film))
+        for gone in metrics.deletions(f.cells, f.mask, size, model.cell_centres(), rng, counts):
+            films.append(torch.where(torch.from_numpy(gone), blurred, film))
         logits = model(torch.stack(films).to(args.device), *texts).pathology_logits
         logits = logits[:, columns[f.label]].double().cpu().numpy()  # [1 + 9]
         drops.append((logits[0] - logits[1:]).reshape(len(counts), len(ways)))  # [3,3]
@@ -331,7 +317,9 @@ def predict(args, model):
     if not args.image:
         raise InputError("--task predict needs --image FILE")
     try:
-        film, squashed = read_image(args.image), read_image(args.image, args.image_size)
+        equalize = data.equalizes(args, model)
+        film = read_image(args.image, None, equalize)
+        squashed = read_image(args.image, args.image_size, equalize)
     except Exception:  # whatever a decoder makes of a damaged file
         raise InputError(f"--image {args.image} is {trouble(args.image)}; name another") from None
     existence, _, pairs, maps = ask(args, model, squashed[None], [0], texts, lambda out: [
@@ -360,13 +348,20 @@ def main(args):
     model = read_model(args)
     if args.task == "predict":
         return predict(args, model)
-    table = data.load_from_args(args, args.image_size)
+    table = data.load_from_args(args, args.image_size, model=model)
+    if table.equalized:
+        print("DICOM files are histogram-equalised, as MIMIC-CXR-JPG's were (--equalize off: not)")
     rows = table.rows(args.split)[:args.limit]
     if not len(rows):
         raise InputError(f"{args.dataset} has no {args.split} split; name another by --split")
     result, arrays, draw = TASKS[args.task](args, model, table, rows)
+    if "published" in result:
+        keys = [key for key in result["published"] if key != "how"]
+        print_table("", {"as published": result["published"]}, keys)
+        print(result["published"]["how"])
     result = {"task": args.task, "dataset": args.dataset, "split": args.split,
-              "checkpoint": args.checkpoint, **result}
+              "checkpoint": args.checkpoint, "protocol": args.protocol, "prompt": args.prompt,
+              "equalized": table.equalized, **result}
     stem = Path(args.out_dir, "eval", f"{args.dataset}_{args.task}")
     with atomic(stem.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(result, indent=1) + "\n")

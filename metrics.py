@@ -4,7 +4,8 @@
     python -m pytest tests/test_metrics.py    # each of them on cases that a pencil can check
 
 Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds.
-Differs from the released code: a map is divided by its own maximum, there by that of its batch.
+Differs from the released code: a map is divided by its own maximum, there by that of its batch;
+released_scores and released_regions do as it does.
 """
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
@@ -73,6 +74,40 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     return intervals if values[0].ndim else intervals[0]
 
 
+def released_scores(labels, scores):
+    """Means over the classes of [N,L] as the released scripts compute them; "how" says how."""
+    best, accuracies = classification_scores(labels, scores), []
+    for column, score, one in zip(labels.T, scores.T, best["per_class"].values()):
+        if one["threshold"] is not None:
+            found, known = score > one["threshold"], column >= 0
+            accuracies.append((found == column)[known].mean())
+    return {"how": "mean of all labels, F1 at each one's best threshold on these very images, "
+                   "ACC of what lies above that threshold, not at it",
+            "auroc": best["auroc"], "f1": best["f1"], "acc": mean_or_none(accuracies)}
+
+
+def best_thresholds(labels, scores):
+    """[L]: of highest F1 on [N,L]; 0.5 for a class that no image shows, or every one."""
+    best = classification_scores(labels, scores)["threshold"].values()
+    return np.array([0.5 if threshold is None else threshold for threshold in best])
+
+
+def auroc_healthy(labels, scores, names):
+    """{label: AUROC of its images against healthy ones only (Fig. 4)}, of [N,L]; {} if there are
+    none. Healthy: every label 0, but the label that says so 1. With labels of one disease nobody
+    can tell, since its negatives may have another one."""
+    says_so = np.isin(names, ("No Finding", "normal"))                          # [L]
+    healthy = (labels[:, ~says_so] == 0).all(1) & (labels[:, says_so] == 1).all(1)
+    if says_so.sum() > len(names) - 2 or not healthy.any():
+        return {}
+    result = {}
+    for name, column, score in zip(names, labels.T, scores.T):
+        against = np.where(column == 1, 1, np.where(healthy, 0, -1))            # [N]
+        value = auroc(against, score)
+        result[str(name)] = None if np.isnan(value) else value
+    return result
+
+
 def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
     """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
     `customary` the same at the thresholds that are best on these very labels."""
@@ -84,6 +119,17 @@ def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, gro
     for block, interval in zip([*result["per_class"].values(), result], intervals):
         block["auroc_ci95"] = interval
     return {**result, "customary": classification_scores(labels, scores, None, names)}
+
+
+def scores_of_parts(labels, scores, thresholds, names, new, n=1000, seed=0, groups=None):
+    """{part: `scores_with_intervals`} of the classes that the model was trained on, and of those
+    that are new to it; new bool [L]."""
+    parts = {}
+    for title, part in (("trained on", ~new), ("not trained on", new)):
+        if part.any():
+            parts[title] = scores_with_intervals(labels[:, part], scores[:, part], thresholds[part],
+                                                 names[part], n, seed, groups)
+    return parts
 
 
 POINTING = ("pointing_game", "pointing_within_cell", "pointing_released")
@@ -197,6 +243,51 @@ def compare(found, fixed, threshold):
     return each
 
 
+def released_regions(found):
+    """Scores of findings, as `compare` takes them, as the released scripts draw regions: a cell
+    fills its block, and counts if it exceeds a fixed share of the maximum of the batch. Here that
+    is the maximum of a label's scored maps, so that the batch size does not matter."""
+    highest, scores = {}, {
+        "how": "blocks above 0 (MeDSLIP's released threshold: a softmax is never 0, so nearly the "
+        "whole film), and above 0.008 of the maximum (MedKLIP's)"}
+    for f in found:
+        highest[f.label] = max(f.cells.max(), highest.get(f.label, 0))
+    for name, share in (("released", 0.0), ("medklip", 0.008)):
+        dice = []
+        for f in found:
+            region = nearest(f.cells, *f.mask.shape) > share * highest[f.label]
+            dice.append(dice_of(region[None], f.mask[None])[0])
+        dice = np.array(dice)                                                   # [findings]
+        scores |= {f"dice_{name}": dice.mean(), f"iou_{name}": (dice / (2 - dice)).mean()}
+    return scores
+
+
+def fixed_answers(drawn):
+    """{label: (mean mask [S,S], its level of best Dice)} of [(label, mask)] of training images: an
+    answer that needs no look at the image."""
+    masks, answers = {}, {}
+    for label, mask in drawn:
+        masks.setdefault(label, []).append(mask)
+    for label, some in masks.items():
+        mean = np.mean(some, axis=0)
+        answers[label] = mean, best_dice_threshold([mean] * len(some), some)
+    return answers
+
+
+def deletions(cells, mask, size, centres, rng, counts):
+    """Yields which pixels of an input [size,size] go with k cells, for each k of counts: those that
+    are highest in the map cells [n,n], random ones, those in or next to mask [S,S]."""
+    n, (offset, stride) = len(cells), centres
+    # the pixel that each cell looks at [n], and the cell that each pixel is deleted with [size]
+    looks = np.clip(np.round(offset + stride * np.arange(n)), 0, size - 1).astype(int)
+    cell_of = np.clip(np.round((np.arange(size) - offset) / stride), 0, n - 1).astype(int)
+    away = distance_transform_edt(~nearest(mask, size, size))[looks][:, looks]  # [n,n]
+    for k in counts:
+        for order in (-cells, rng.random((n, n)), away):
+            rank = np.argsort(np.argsort(order.ravel(), kind="stable")).reshape(n, n)
+            yield rank[cell_of][:, cell_of] < k                                 # [size,size]
+
+
 def means(each):
     """Means of what `compare` gives: the model's, and the others' under trivial."""
     mean = {}
@@ -204,6 +295,21 @@ def means(each):
         values = np.mean([list(e[answer].values()) for e in each], axis=0)
         mean[answer] = dict(zip(scores, values.tolist()))
     return {**mean.pop("model"), "n": len(each), "trivial": mean}
+
+
+def grounding_summary(found, each, patients, n=1000, seed=0):
+    """Of what `compare` gives for found: means over all and `per_class`, the class whose map points
+    worst, and intervals over patients [findings]."""
+    per_class = {}
+    for name in sorted({f.label for f in found}):
+        per_class[name] = means([e for e, f in zip(each, found) if f.label == name])
+    reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
+    worst = min(reach, key=reach.get)
+    values = np.array([list(e["model"].values()) for e in each])                # [findings,scores]
+    intervals = bootstrap_ci(lambda _, v: v.mean(0), values, values, n, seed, patients)
+    return {**means(each), "per_class": per_class,
+            "worst": {"name": worst, "pointing_within_cell": reach[worst]},
+            **{f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}}
 
 
 def place_scores(truth, scores, counted=True):

@@ -22,7 +22,6 @@ from typing import NamedTuple
 from cli import InputError
 from text import PATHOLOGIES
 
-csv.field_size_limit(1 << 27)   # a mask of SIIM may be longer than csv's own limit
 BLANK, UNKNOWN = -2, -3         # labels beside 1, 0, -1 uncertain: not mentioned; nobody looked
 PATHOLOGY = {name.capitalize(): name for name in PATHOLOGIES} | {  # label: name in text.py
     "No Finding": "normal", "Enlarged Cardiomediastinum": "enlarge", "Lung Opacity": "opacity",

@@ -1,22 +1,24 @@
-"""COVIDx, any version.
+"""COVIDx, from V8 to CXR-4.
 
     train/ val/ test/               images; versions before CXR-4 have no val/
     train.txt val.txt test.txt      or train_COVIDx8B.txt ...
         5 ARDSSevere.png negative cohen        patient, file, class, source, one space apart
 
-The class may be normal, pneumonia or COVID-19 instead. Traps: older patient ids hold spaces
-(COVID 1), the oldest lines have no source; source and class go together, so a model can tell the
-hospital instead of the disease.
+The class may be normal, pneumonia or COVID-19 instead. Traps: patient ids of V8 hold spaces
+(COVID 1); source and class go together, so a model can tell the hospital instead of the disease.
 """
-import re
-
-from formats import Item, find, write_text
+from formats import Item, find, skip_if_bad, write_text
 
 FILES = ("test*.txt",)
 GET = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 256
 LABELS = ["COVID-19"]
-LINE = re.compile(r"(.+?) +(\S+) +(positive|negative|covid-19|pneumonia|normal)( +\S+)? *", re.I)
+PAPER_PROMPT = (  # the published run asks for COVID-19 by these words (Sec. IV-A)
+    "COVID-19, caused by the SARS-CoV-2 virus, primarily affects the respiratory system and can be "
+    "identified on chest X-rays by characteristic bilateral, peripheral ground-glass opacities. "
+    "These radiographic findings are most commonly seen in the lower lobes of the lungs and can "
+    "progress to multifocal consolidation as the disease advances.")
+CLASSES = {"positive": 1, "negative": 0, "COVID-19": 1, "pneumonia": 0, "normal": 0}
 
 
 def read(root, views, labels):
@@ -25,13 +27,9 @@ def read(root, views, labels):
         path = find(root, f"{folder}.txt", f"{folder}*.txt")
         text = path.read_text("utf-8", "replace") if path else ""
         for line in filter(str.strip, text.splitlines()):
-            found = LINE.fullmatch(line)
-            if found:
-                patient, name, kind, _ = found.groups()
-                sick = kind.lower() in ("positive", "covid-19")
-                items.append(Item(name, f"{folder}/{name}", patient, split, (int(sick),)))
-            else:
-                problems.append(("unreadable-label", f"{folder}: {line[:60]}"))
+            with skip_if_bad(problems, f"{folder}: {line[:60]}"):
+                patient, name, kind, _ = line.rsplit(None, 3)
+                items.append(Item(name, f"{folder}/{name}", patient, split, (CLASSES[kind],)))
     return LABELS, items, problems
 
 

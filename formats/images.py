@@ -3,13 +3,19 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 
-def read_image(path, size=None):
-    """uint8 [H,W] of a PNG, JPEG or DICOM file, or [size,size] squashed. Bright is dense."""
-    if path.lower().endswith((".dcm", ".dicom")):
+DICOM = (".dcm", ".dicom")
+
+
+def read_image(path, size=None, equalize=False):
+    """uint8 [H,W] of a PNG, JPEG or DICOM file, or [size,size] squashed. Bright is dense.
+    equalize: a DICOM's histogram is made even, over the whole image, as in MIMIC-CXR-JPG."""
+    if path.lower().endswith(DICOM):
         image = Image.fromarray(read_dicom(path))
+        if equalize:
+            image = ImageOps.equalize(image)
     else:
         image = Image.open(path)
         if size:  # a JPEG decodes straight to the smallest eighth that is still >= size

@@ -77,7 +77,7 @@ def settle_splits(items, shares):
     if not any(splits):
         splits = [draw_split(item.patient, train, validate) for item in items]
         source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
-    elif "validate" not in splits:
+    elif "train" in splits and "validate" not in splits:
         share = validate / (train + validate)
         for i, item in enumerate(items):
             if item.split == "train":

@@ -1,8 +1,9 @@
 """What takes long, done once: every image decoded to S x S pixels, every report read.
 
-Kept in <root>/prepared-<S>-<digest of the list of images>/: images.npy uint8 [N,S,S] with
-state.npy int8 [N] (to do, ready, unusable), and the triplets in cells-<digest>.npz. A preparation
-that was killed goes on where it stopped; unusable images are tried again at the next load.
+Kept in <root>/prepared-<S>-<digest of the list of images>/ (prepared-<S>-eq-... where DICOM files
+were histogram-equalised): images.npy uint8 [N,S,S] with state.npy int8 [N] (to do, ready,
+unusable), and the triplets in cells-<digest>.npz. A preparation that was killed goes on where it
+stopped; unusable images are tried again at the next load.
 """
 import array
 import functools
@@ -41,18 +42,18 @@ def in_workers(function, items, workers, title):
 class Decode:
     """Item -> (pixels uint8 [S,S], ""), or (None, why not)."""
 
-    def __init__(self, root, size):
-        self.root, self.size = root, size
+    def __init__(self, root, size, equalize):
+        self.root, self.size, self.equalize = root, size, equalize
 
     def __call__(self, item):
         path = os.path.join(self.root, item.path)
         try:
-            return read_image(path, self.size), ""
+            return read_image(path, self.size, self.equalize), ""
         except Exception:  # whatever a decoder makes of a damaged file: it must not end the run
             return None, trouble(path)
 
 
-def prepare_images(root, items, folder, size, workers, again=False):
+def prepare_images(root, items, folder, size, workers, again=False, equalize=False):
     """Decodes what is not ready yet -> (images uint8 [N,S,S] memory-mapped, state [N], reasons)."""
     if not folder.exists():
         # Under a name of its own first: of two processes one renames its folder, both take that.
@@ -73,7 +74,8 @@ def prepare_images(root, items, folder, size, workers, again=False):
     state = np.load(folder / "state.npy", mmap_mode="r+")
     # written through a file, not through the map, where a full disk would kill the process
     with open(folder / "images.npy", "r+b", buffering=0) as file:
-        decoded = in_workers(Decode(root, size), [items[i] for i in rows], workers, "images")
+        decode, chosen = Decode(root, size, equalize), [items[i] for i in rows]
+        decoded = in_workers(decode, chosen, workers, "images")
         for row, (pixels, reason) in zip(rows.tolist(), decoded):
             if pixels is None:
                 state[row], reasons[row] = UNUSABLE, reason

@@ -7,8 +7,9 @@
     stage_1_train_images.csv  stage_1_test_images.csv   new_filename,ImageId,has_pneumo
 
 An RLE is pairs: the gap since the last run, the length of this run; it goes down the columns of a
-1024 x 1024 image. Several masks of an image are OR-ed. Only the re-pack has a split; patients are
-unknown. Trap: stage 1 has spaces before the second column's name and cells.
+1024 x 1024 image. Several masks of an image are OR-ed. Only the re-pack has a split, which also
+holds for Kaggle's files beside it; patients are unknown. Trap: stage 1 has spaces before the second
+column's name and cells.
 """
 import collections
 
@@ -33,20 +34,27 @@ def rle_mask(rle):
 
 def read(root, views, labels):
     items, problems, paths = [], [], paths_by_stem(root)
-    rles = collections.defaultdict(list)
+    rles = collections.defaultdict(list)  # ImageId: its masks
+    packed = {}                           # ImageId: its row of the re-pack
     for row in csv_rows(find(root, "stage_2_train.csv", "*train-rle.csv")):
         found = rles[row["ImageId"]]
         if row["EncodedPixels"] != "-1":
             found.append(row["EncodedPixels"])
-    for name, found in rles.items():
-        with skip_if_bad(problems, f"mask of {name}"):
-            items.append(Item(name, paths.get(name, f"{name}.dcm"), name, "", (int(bool(found)),),
-                              masks=tuple(map(rle_mask, found))))
-    for part in ("train", "test"):  # of the re-pack
+    for part in ("train", "test"):
         for row in csv_rows(find(root, f"stage_1_{part}_images.csv")):
-            id, name, sick = row["ImageId"], row["new_filename"], row["has_pneumo"] == "1"
-            masks = (Mask(LABELS[0], "file", f"png_masks/{name}"),) if sick else ()
-            items.append(Item(id, f"png_images/{name}", id, part, (int(sick),), masks=masks))
+            packed[row["ImageId"]] = {**row, "part": part}
+    for name in rles | packed:
+        path, split, masks = paths.get(name, f"{name}.dcm"), "", ()
+        with skip_if_bad(problems, f"mask of {name}"):
+            if name in rles:
+                masks = tuple(map(rle_mask, rles[name]))
+            elif packed[name]["has_pneumo"] == "1":
+                masks = (Mask(LABELS[0], "file", f"png_masks/{packed[name]['new_filename']}"),)
+            if packed:  # what is not in it is no test image
+                split = packed.get(name, {"part": "train"})["part"]
+            if name in packed and name not in paths:
+                path = f"png_images/{packed[name]['new_filename']}"
+            items.append(Item(name, path, name, split, (int(bool(masks)),), masks=masks))
     return LABELS, items, problems
 
 

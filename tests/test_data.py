@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import data
+import phantom
 from cli import InputError
 from conftest import ROOT
 from formats import BLANK, UNKNOWN, Item, Mask
@@ -62,6 +64,33 @@ def test_inverted_dicom(tmp_path):
     dark_first = read_image(str(tmp_path / "inverted.dcm"))[0].astype(int)
     assert dark_first.tolist() == sorted(dark_first, reverse=True)
     assert (dark_first[0], dark_first[-1]) == (255, 0)
+
+
+def test_dicom_files_are_equalised_on_request_in_a_folder_of_their_own(tmp_path, capsys):
+    """With an even histogram half of the pixels are below the middle of the range."""
+    phantom.write("rsna", str(tmp_path), 12, size=64, workers=1)
+    plain, even = (data.load("rsna", str(tmp_path), 64, workers=0, equalize=equalize)
+                   for equalize in (False, True))
+    assert abs(np.mean(even.images < 128) - 0.5) < 0.03 < abs(np.mean(plain.images < 128) - 0.5)
+    assert sorted(path.name[:14] == "prepared-64-eq" for path in tmp_path.glob("prepared-*")) == [
+        False, True]
+    assert (plain.equalized, even.equalized) == (False, True)
+    data.print_receipt(even)
+    assert "histogram-equalised" in capsys.readouterr().out
+
+
+def test_other_files_are_never_equalised(phantoms):
+    assert not load(phantoms, equalize=True).equalized
+
+
+def test_equalising_is_the_default_for_models_of_mimic():
+    ours, mimic, published = (SimpleNamespace(args=args)
+                              for args in ({"data": "synthetic"}, {"data": "mimic"}, {}))
+    left_out = data.parse_args([])
+    assert [data.equalizes(left_out, m) for m in (None, ours, mimic, published)] == [
+        False, False, True, True]
+    assert data.equalizes(data.parse_args(["--equalize", "on"]), ours)
+    assert not data.equalizes(data.parse_args(["--equalize", "off"]), mimic)
 
 
 def test_four_kinds_of_masks(tmp_path):

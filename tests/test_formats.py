@@ -17,6 +17,8 @@ from conftest import ROOT
 from formats import (BLANK, PATHOLOGY, UNKNOWN, Mask, chexpert, covid_chestxray, covidx, csv_rows,
                      find, mimic, nih, openi, roco, rsna, siim, write_text)
 from formats.images import decode_rle, read_mask
+from formats.items import read_items, settle_splits
+from metrics import mask_scores
 from phantom import draw, plan
 from text import PATHOLOGIES
 
@@ -156,6 +158,54 @@ def test_rsna_from_either_tree_and_medklips_test_csv(tmp_path):
     assert items["b"].labels == (0,)
 
 
+RSNA_TEST = "ID,img_path,boxes,classes\na,x/1.4.dcm,256;512;64;128,1\nb,x/1.5.dcm,nan,0\n"
+KAGGLE = "patientId,x,y,width,height,Target\na,256,512,64,128,1\nb,,,,,0\n" + "".join(
+    f"{k},,,,,0\n" for k in range(40))
+MAPPING = [{"img_id": f"{k}_001.png", "subset_img_id": name, "SOPInstanceUID": f"1.{k}"}
+           for k, name in enumerate(["a", "b"], 4)]
+RSNA_LAYOUTS = {  # files, and how many images are there for training and thresholds
+    "kaggle": ({"test.csv": RSNA_TEST, "stage_2_train_labels.csv": KAGGLE}, 40),
+    "site": ({"my_rsna_test.csv": RSNA_TEST, "mdai_rsna_project/1.2/1.3/1.4.dcm": "",
+              "pneumonia-challenge-dataset-mappings_2018.json": json.dumps(MAPPING)}, 0),
+    "csv alone": ({"rsna_test.csv": RSNA_TEST}, 0)}
+
+
+def splits_of(form, root):
+    """({id: item}, [each item's split as it is used], where the splits are from)"""
+    _, items, problems = read_items(form.__name__.split(".")[1], str(root), "all", "")
+    assert not problems
+    return {item.id: item for item in items}, *settle_splits(items, form.SHARES)
+
+
+@pytest.mark.parametrize("layout", RSNA_LAYOUTS)
+def test_rsna_published_test_images_are_the_test_split_in_every_layout(tmp_path, layout):
+    files, others = RSNA_LAYOUTS[layout]
+    fill(tmp_path, files)
+    items, splits, source = splits_of(rsna, tmp_path)
+    used = dict(zip(items, splits))
+    assert {name for name in used if used[name] == "test"} == {"a", "b"}
+    assert len(used) == others + 2 and ("validate" in used.values()) == (others > 0)
+    assert ("to validate" in source) == (others > 0)
+    assert items["a"].boxes == (("Pneumonia", .25, .5, .0625, .125),) and items["b"].labels == (0,)
+
+
+def test_siim_split_of_the_repack_holds_beside_kaggles_files(tmp_path):
+    """a and b are in the re-pack, c in Kaggle's files alone, d in the re-pack alone."""
+    fill(tmp_path, {
+        "train-rle.csv": "ImageId, EncodedPixels\na, 1 2\nb, -1\nc, -1\n", "x/a.dcm": "",
+        "stage_1_train_images.csv": "new_filename,ImageId,has_pneumo\n0_train.png,b,0\n",
+        "stage_1_test_images.csv": "new_filename,ImageId,has_pneumo\n0_test.png,a,1\n"
+        "1_test.png,d,1\n"})
+    items, splits, source = splits_of(siim, tmp_path)
+    assert [item.split for item in items.values()] == ["test", "train", "train", "test"]
+    assert (splits == "test").tolist() == [True, False, False, True] and "publisher" in source
+    assert [item.path for item in items.values()] == [
+        "x/a.dcm", "png_images/0_train.png", "c.dcm", "png_images/1_test.png"]
+    assert items["a"].masks == (Mask("Pneumothorax", "rle", "1 2"),)
+    assert items["d"].masks == (Mask("Pneumothorax", "file", "png_masks/1_test.png"),)
+    assert [item.labels for item in items.values()] == [(1,), (0,), (0,), (1,)]
+
+
 def test_siim_habits_of_stage_1_and_the_png_repack(tmp_path):
     fill(tmp_path, {
         "train-rle.csv": "ImageId, EncodedPixels\na, -1\nb, 1 2 1022 2\nb, 0 2\nc,1 2 3\n"
@@ -171,11 +221,11 @@ def test_siim_habits_of_stage_1_and_the_png_repack(tmp_path):
 
 def test_covidx_lines_of_all_versions(tmp_path):
     fill(tmp_path, {"test_COVIDx8B.txt": "COVID 1 COVID(1).png positive sirm\n\n7 x.png\n"
-                    "old 3 old.png COVID-19\n", "train.txt": "9 y.jpeg pneumonia rsna\n"})
+                    "8 z.png COVID-19 cohen\n", "train.txt": "9 y.jpeg pneumonia rsna\n"})
     _, items, problems = read(covidx, tmp_path)
     assert [(i.patient, i.path, i.labels) for i in items.values()] == [
         ("9", "train/y.jpeg", (0,)), ("COVID 1", "test/COVID(1).png", (1,)),
-        ("old 3", "test/old.png", (1,))] and problems == 1
+        ("8", "test/z.png", (1,))] and problems == 1
 
 
 def test_chexpert_paths_and_test_release(tmp_path):
@@ -278,6 +328,33 @@ def test_real_label_files_give_the_published_counts(tmp_path):
     values = Counter(i.labels[names.index("Cardiomegaly")] for i in items.values())
     assert len(items) == 223_414 and not problems
     assert (values[1], values[0], values[-1]) == (27_000, 11_116, 8_087)
+
+
+@real
+@pytest.mark.parametrize("layout", RSNA_LAYOUTS)
+def test_medklips_real_csv_gives_5337_images_with_1218_positives(tmp_path, layout):
+    files = {name: text for name, text in RSNA_LAYOUTS[layout][0].items() if "csv" not in name}
+    fill(tmp_path, files)
+    shutil.copy(REAL / "labels" / "rsna_medslip_test.csv", tmp_path / "test.csv")
+    if layout == "kaggle":
+        shutil.copy(REAL / "labels" / "kaggle_stage_2_train_labels.csv.zip",
+                    tmp_path / "stage_2_train_labels.csv.zip")
+    items, splits, _ = splits_of(rsna, tmp_path)
+    tests = [item for item, split in zip(items.values(), splits) if split == "test"]
+    assert len(tests) == 5_337 and sum(item.labels[0] for item in tests) == 1_218
+    assert sum(len(item.boxes) for item in tests) == 1_947
+    assert len(items) == (26_684 if layout == "kaggle" else 5_337)
+
+
+@real
+def test_always_empty_has_dice_0778_on_siims_real_label_file(tmp_path):
+    source = REAL / "labels" / "siim-pneumothorax-train-rle.csv.gz"
+    shutil.copy(source, tmp_path / "train-rle.csv.gz")
+    items, _, _ = splits_of(siim, tmp_path)
+    masks = np.array([[[len(item.masks) > 0]] for item in items.values()])      # [N,1,1]
+    scores = mask_scores(np.zeros_like(masks), masks, masks[0], np.array(list(items)), n=1)
+    assert scores["trivial"]["empty_dice_all"] == pytest.approx(0.778, abs=5e-4)
+    assert scores["dice_all"] == scores["trivial"]["empty_dice_all"] and scores["dice"] == 0
 
 
 @real

@@ -2,6 +2,8 @@
 
     python -m pytest tests/test_metrics.py
 """
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -25,6 +27,30 @@ def test_a_class_of_one_kind_is_none_and_not_in_the_mean():
     assert s["per_class"]["b"]["auroc"] is None and s["auroc"] == (0.75 + 0) / 2
     s = metrics.scores_with_intervals(labels, scores, [0.5] * 3, "abc", n=20)
     assert s["per_class"]["b"]["auroc_ci95"] == (None, None) and None not in s["auroc_ci95"]
+
+
+def test_released_accuracy_counts_what_lies_above_the_threshold():
+    """Scores 4 3 2 1 of labels 1 0 1 0: best F1 0.8 at 2; above 2 are a hit and a false one."""
+    labels, scores = np.array([[1, 0, 1, 0, -1]]).T, np.array([[4, 3, 2, 1, 9]]).T
+    s = metrics.released_scores(np.hstack([labels, 0 * labels]), np.hstack([scores, scores]))
+    assert (s["auroc"], s["f1"], s["acc"]) == (0.75, pytest.approx(0.8), 0.5)
+
+
+def test_healthy_controls_by_pencil():
+    """Label a: the healthy image scores 2, the other negatives 9; its positives 1 and 3."""
+    labels = np.array([[1, 0], [1, 1], [0, 0], [0, 1], [0, -1]])
+    scores = np.array([[1, 1], [3, 1], [2, 5], [9, 6], [9, 1]])
+    assert metrics.auroc_healthy(labels, scores, ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    assert metrics.auroc_healthy(labels[:, :1], scores[:, :1], ["a"]) == {}  # others unknown
+    assert metrics.auroc_healthy(labels[:2], scores[:2], ["a", "b"]) == {}   # nobody healthy
+    # without a word that it is healthy an image is not
+    said = np.array([[0], [0], [0], [0], [0]])
+    names = ["a", "b", "No Finding"]
+    scores = np.hstack([scores, scores[:, :1]])
+    assert metrics.auroc_healthy(np.hstack([labels, said]), scores, names) == {}
+    said[2] = 1
+    healthy = metrics.auroc_healthy(np.hstack([labels, said]), scores, names)
+    assert healthy == {"a": 0.5, "b": 0.5, "No Finding": None}
 
 
 def test_scores_are_scikit_learns():
@@ -68,6 +94,21 @@ def test_three_pointing_rules_by_pencil():
         heat[point] = 1
         assert tuple(metrics.points_at(heat, regions).values()) == hits
     assert metrics.points_at(np.ones((8, 8)), regions)["pointing_game"] == 1 / 64  # shared
+
+
+def test_released_regions_by_pencil():
+    """2 x 2 cells of 4 x 4 pixels, a mask of one block. Above 0 are all four blocks: IoU 1/4, Dice
+    2/5. Above 0.008 of the highest map, which is the second one's 1000: none of the first, and of
+    the second the block of the mask alone."""
+    cells, mask = np.array([[8.0, 1.0], [1.0, 1.0]]), np.arange(8) < 4
+    mask = mask[:, None] & mask
+    found = [SimpleNamespace(label="mass", cells=x, mask=mask) for x in
+             (cells, np.array([[1000.0, 8.0], [1.0, 1.0]]))]
+    s = metrics.released_regions(found)
+    assert (s["dice_released"], s["iou_released"]) == pytest.approx((0.4, 0.25))
+    assert (s["dice_medklip"], s["iou_medklip"]) == pytest.approx((0.5, 0.5))
+    alone = metrics.released_regions(found[:1])  # a softmax of one batch alone
+    assert alone["dice_medklip"] == pytest.approx(0.4)
 
 
 def test_dice_over_thresholds_and_the_best_of_them():
