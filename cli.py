@@ -9,11 +9,12 @@ import argparse
 import contextlib
 import os
 import sys
-import time
+import timeit
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from joblib import cpu_count as cores  # that this process may use; the machine may have more
 
 
 class InputError(Exception):
@@ -65,13 +66,6 @@ def print_table(title, scores, keys):
         print(line)
 
 
-def cores():
-    """The cores this process may use; they may be fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
 @contextlib.contextmanager
 def atomic(path):
     """Gives a draft's path to write to; the draft takes the place of `path` once it is whole."""
@@ -115,15 +109,10 @@ def join_processes(name=None):
     return device, rank, world
 
 
-def matmul_seconds(dtype, device, size=512):
-    """Seconds of one matrix product, the best of five."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):  # the first one warms up and is never the best
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return best
+def matmul_seconds(dtype, device):
+    """Seconds of one matrix product, the best of six; the first only warms up."""
+    a = torch.randn(512, 512, device=device, dtype=dtype)
+    return min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
 
 
 def pick_amp(choice, device):
