@@ -54,7 +54,8 @@ def random_batch(args, device):
 def step_case(case, args, device):
     """-> a training step of the whole model, or of its backbone with the mean square as a loss."""
     images, pathology_text, anatomy_text, existence = random_batch(args, device)
-    model = MeDSLIP(MeDSLIPConfig(image_size=args.image_size)).to(device, memory_format=torch.channels_last)
+    model = MeDSLIP(MeDSLIPConfig(image_size=args.image_size))
+    model = model.to(device, memory_format=torch.channels_last)
     trained = model.backbone if case == "floor" else model
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
 
