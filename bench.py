@@ -12,7 +12,7 @@ import io
 import math
 import statistics
 import sys
-import time
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -158,32 +158,27 @@ CASES = {
     "jpeg": ("one core: full-size JPEG, as published", jpeg_case)}
 
 
-def peak_memory(device):
-    """In MB."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "win32":
-        return math.nan  # Windows does not tell
-    import resource
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes on a Mac, else kilobytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
 def measure(case, args):
     """One case in this process -> (median seconds of a step, peak in MB)."""
     one_core = case in ("data", "jpeg")
     device, _, _ = join_processes("cpu" if one_core else args.device)
     if one_core:
         torch.set_num_threads(1)
-    step, seconds = CASES[case][1](case, args, device), []
-    step()  # the first one also chooses algorithms and fills caches
-    for _ in range(args.steps):
-        began = time.perf_counter()
+    step = CASES[case][1](case, args, device)
+
+    def timed():
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds), peak_memory(device)
+    timed()  # the first one also chooses algorithms and fills caches
+    seconds = statistics.median(timeit.repeat(timed, number=1, repeat=args.steps))
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "win32":
+        return seconds, math.nan  # Windows does not tell
+    import resource
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes on a Mac, else kilobytes
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def main(args):

@@ -10,7 +10,6 @@ Every tensor must find its place, or is named in the error. Nothing in a file is
 """
 import re
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -54,11 +53,15 @@ def load_model(path_or_hub_id, map_location="cpu"):
     weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v
                for k, v in checkpoint.get("model", checkpoint).items()}
     weights = {k: v for k, v in weights.items() if not HARMLESS.search(k)}
-    if any(k.startswith("res_features.") for k in weights):
-        weights, config = convert_published(weights)
-    else:
-        config = read_config(path, checkpoint)
+    published = any(k.startswith("res_features.") for k in weights)
+    if not published and not isinstance(checkpoint.get("config"), dict):
+        raise InputError(f"{path} is neither this project's checkpoint (no model arguments under "
+                         "'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
     try:
+        if published:
+            weights, config = convert_published(weights)
+        else:  # a field that is newer than the file takes its default
+            config = MeDSLIPConfig(**checkpoint["config"])
         model = MeDSLIP(config).to(map_location)
         model.load_state_dict(weights)
     except Exception as error:  # arguments of the wrong value; torch names each tensor at fault
@@ -66,16 +69,6 @@ def load_model(path_or_hub_id, map_location="cpu"):
         raise InputError(f"{path} does not fit this project's model: {reason}"[:4000]) from None
     model.queries, model.args = checkpoint.get("queries"), checkpoint.get("args") or {}
     return model.eval()
-
-
-def read_config(path, checkpoint):
-    """The model arguments of this project's checkpoint. A field that is newer than the file takes
-    its default."""
-    saved, known = checkpoint.get("config"), {f.name for f in fields(MeDSLIPConfig)}
-    if not isinstance(saved, dict) or not saved.keys() <= known:
-        raise InputError(f"{path} is neither this project's checkpoint (no model arguments under "
-                         "'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
-    return MeDSLIPConfig(**saved)
 
 
 def convert_published(weights):
