@@ -133,7 +133,7 @@ def read_checkpoint(path, map_location="cpu"):
         if wanted:
             raise InputError(f"{path} wants to run {wanted[1]} on loading, which is refused; "
                              "get it from a source you trust, as weights alone") from None
-        raise InputError(f"{path} is no checkpoint or is damaged ({type(error).__name__}); download "
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}); download "
                          "the file itself, not its web page; `git lfs pull` fetches it where only "
                          "a pointer lies") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):

@@ -69,7 +69,7 @@ def parse_args(argv=None):
     g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
     g.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
     g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
-    g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="(checkpoint's)")
+    g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
     g.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
     g = p.add_argument_group("training (Table II; synthetic, covid-chestxray: a CPU's minutes)")
     for flag in ("--image-size", "--epochs", "--min-steps", "--batch-size"):
@@ -144,7 +144,7 @@ def read_splits(args, table, splits, labels):
             targets.append(target)
     targets = torch.from_numpy(np.array(targets, np.int8))                      # [N,L] or [N,s,s]
     if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
-        raise InputError(f"the images of {args.dataset} to {' and '.join(splits)} do not both show "
+        raise InputError(f"the {' and '.join(splits)} images of {args.dataset} do not both show "
                          f"and lack any of {labels}; data sets with masks: {MASKS}")
     return Images(table, np.array(rows), targets, args.image_size)
 
@@ -160,7 +160,7 @@ def subset(patients, present, ratio, seed, protocol):
     names, patient = np.unique(patients, return_inverse=True)                   # patient [N]
     present, nothing = present[:, np.argsort(present.mean(0))], present.shape[1]  # rarest first
     rarest = np.where(present.any(1), present.argmax(1), nothing)               # [N]
-    stratum, place = np.full(len(names), nothing), np.empty(len(names))
+    stratum, place = np.full(len(names), nothing), np.empty(len(names))  # of each patient
     np.minimum.at(stratum, patient, rarest)  # of all images of a patient
     for k in np.unique(stratum):
         members = rng.permutation(np.flatnonzero(stratum == k))
@@ -253,19 +253,19 @@ def fit(learner, train, held, args):
     batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=workers,
                          drop_last=len(train) > args.batch_size, persistent_workers=workers > 0)
     epochs = max(args.epochs, math.ceil(args.min_steps / len(batches)))
-    total = epochs * len(batches)
+    total = epochs * len(batches)  # steps
     # stretched where --min-steps adds epochs; at most half of a run that --epochs cuts short
     warmup = total * min(args.warmup_epochs / args.epochs, 0.5)
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=WEIGHT_DECAY)  # skips frozen
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     step, best, curve = 0, math.inf, []
     for epoch in range(1, epochs + 1):
-        learner.train()  # of FineTuned: not the frozen part
+        learner.train()  # not what is frozen: FineTuned.train
         losses = []
         for inputs, targets in batches:
             optimizer.param_groups[0]["lr"] = learning_rate(step, warmup, total, args.lr, MIN_LR)
             with torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None):
-                logits = learner(inputs.to(args.device))
+                logits = learner(inputs.to(args.device))                        # [B,L] or [B,s,s]
             loss = loss_of(logits.float(), targets.to(args.device))
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()  # of fp16, whose small gradients would be 0; else idle
@@ -280,19 +280,19 @@ def fit(learner, train, held, args):
                 sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
             curve.append({"epoch": epoch, "loss": mean, "validation": validation})
             if validation < best:
-                best, weights = validation, copy.deepcopy(learner.state_dict())
+                best, weights = validation, copy.deepcopy(learner.state_dict())  # else it changes
     learner.load_state_dict(weights)
     return curve
 
 
 def score(args, net, labels, train, held, test):
-    """(scores, probabilities [N,L] or [N,s,s]) of the test images; prints a table."""
+    """-> (scores, probabilities [N,L] or [N,s,s]) of the test images; prints a table."""
     logits, targets = outputs(net, test, args)
-    truth, answers = targets.numpy(), logits.sigmoid().numpy()
+    truth, answers = targets.numpy(), logits.sigmoid().numpy()                  # [N,L] or [N,s,s]
     if args.task == "classification":
         held_logits, held_labels = outputs(net, held, args)
         best = classification_scores(held_labels, held_logits.sigmoid(), names=labels)["threshold"]
-        # a label that nothing held shows, or everything, has no best threshold
+        # a label that all held images show, or none, has no best threshold
         thresholds = [0.5 if best[name] is None else best[name] for name in labels]
         scores = scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
                                        test.patients)
@@ -370,7 +370,7 @@ def main(args):
         if seed == args.seed:  # the first one gives the checkpoint, the predictions and the figure
             with atomic(network) as draft:
                 torch.save({"model": net.state_dict(), "config": net.config}, draft)
-            with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:  # savez adds .npz
+            with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:  # else savez adds .npz
                 np.savez_compressed(file, **arrays)
             with atomic(f"{stem}.png") as draft:
                 draw(draft, args, parts[2], scores, arrays)

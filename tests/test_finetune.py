@@ -1,5 +1,6 @@
-"""Proves that fine-tuning learns from the images it says, freezes what it says, moves an image and
-its mask together, scores as a pencil would, and keeps evaluate.py's files as they are.
+"""Proves that fine-tuning learns from the images and chooses by the split that the protocol says,
+freezes what it says, moves an image and its mask together, scores as a pencil would, prints both
+Dice beside the trivial answers, and keeps evaluate.py's files as they are.
     python -m pytest tests/test_finetune.py
 """
 import json
@@ -129,7 +130,7 @@ def test_classification_of_nih(folder, tmp_path):
 
 @pytest.mark.parametrize("protocol", ["honest", "published"])
 def test_who_is_learned_from_and_who_chooses(folder, tmp_path, capsys, protocol):
-    """published: all of NIH's train_val list, and the epoch of the lowest loss on the test split."""
+    """published: all of NIH's train_val list, and the epoch of the lowest loss on the test."""
     result, arrays, _ = run(folder, "nih", "classification", tmp_path, "--protocol", protocol)
     splits = data.load("nih", str(folder / "nih"), workers=0).splits
     assert {"train", "validate", "test"} == set(splits)
