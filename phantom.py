@@ -290,29 +290,24 @@ def draw(films, workers):
         return list(tqdm(drawn, "drawing", len(films), unit=" films", disable=None))
 
 
-# ---------------------------------------------------------------------------------------- folders
-
-LAYOUTS = {name: module for name, module in FORMATS.items() if name != "synthetic"}
-
-
 def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=None):
     """Draw `count` films into the folders of a data set at `root`, a new folder.
 
     size: pixels a side (default: that of the data set). places: the share of pathologies that are
     at two places or more of a film. InputError if the root holds files or cannot be written.
     """
-    films = plan(count, seed, size or LAYOUTS[layout].SIZE, places, world)
+    films = plan(count, seed, size or FORMATS[layout].SIZE, places, world)
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        LAYOUTS[layout].write(root, films, lambda films: draw(films, workers or cores()))
+        FORMATS[layout].write(root, films, lambda films: draw(films, workers or cores()))
     except OSError as error:
         raise InputError(f"cannot write to {root}: {error.strerror or error}")
 
 
 def parse_args(argv=None):
     p = Parser(description="Draw synthetic radiographs with reports.")
-    p.add_argument("--layout", choices=LAYOUTS, default="mimic")
+    p.add_argument("--layout", choices=FORMATS, default="mimic")
     p.add_argument("--root", metavar="DIR", help="a new folder (data/phantom-<layout>)")
     p.add_argument("--count", type=number(int, 1), default=200, metavar="N", help="films (200)")
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="N")
