@@ -62,7 +62,7 @@ def print_table(title, scores, keys):
             if isinstance(value, tuple) and None not in value:  # an interval
                 value = f"{value[0]:.3f}..{value[1]:.3f}"
             cell = f"{value:.3f}" if isinstance(value, float) else str(value).replace("None", "-")
-            line += cell.rjust(max(len(key), 5) + 4)  # an interval has 12 letters
+            line += cell.rjust(max(len(key), 5) + 4)  # an interval has 12 characters
         print(line)
 
 
