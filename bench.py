@@ -1,28 +1,26 @@
 """How fast each part is and how much memory it takes, on the device at hand.
 
-    python bench.py --batch-size 64 --cases floor,fp32,bf16,compile    # what a GPU owner asks first
-    python bench.py --batch-size 4 --steps 1 --cases floor,fp32        # under a minute
+    python bench.py --batch-size 64 --cases floor,fp32,bf16        # what a GPU owner asks first
+    python bench.py --batch-size 4 --steps 1 --cases floor,fp32    # under a minute
 
 Sizes are the paper's: ResNet-50 up to layer3, 224 pixels, 75 + 51 queries. A step is forward,
 losses, backward, clipping and AdamW on images in memory; `data` and `jpeg` are what one core needs
 for the images of a step. Peak MB is that of the process, 0.6 GB of imports included, on a GPU that
-of the tensors. On a GPU fp32 means TF32.
+of the tensors. On a GPU fp32 means TF32. OMP_NUM_THREADS sets the cores of a step.
 """
-import argparse
 import io
-import json
 import math
 import statistics
-import subprocess
 import sys
-import time
+import timeit
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 from cli import InputError, Parser, join_processes, number, run
@@ -31,23 +29,14 @@ from losses import icl_loss, medslip_loss, proto_loss
 from model import MeDSLIP, MeDSLIPConfig
 from text import ANATOMIES, PATHOLOGIES, Triplet
 
-CASES = {
-    "floor": "backbone alone, fp32", "fp32": "full step, fp32", "bf16": "full step, bf16",
-    "compile": "full step, fp32, torch.compile", "inference": "zero-shot inference, fp32",
-    "losses": "ProtoCL and ICL, ours", "loop": "ProtoCL and ICL, published loops",
-    "data": "one core: stored 256-pixel images", "jpeg": "one core: full-size JPEG, as published"}
-
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--cases", default=",".join(CASES), help="comma-separated: " + " ".join(CASES))
     p.add_argument("--batch-size", type=number(int, 1), default=32)
     p.add_argument("--image-size", type=number(int, 16), default=224, help="pixels a side")
-    p.add_argument("--backbone", default="resnet50", choices=["resnet18", "resnet50", "small"])
     p.add_argument("--steps", type=number(int, 1), default=3, help="timed steps per case")
     p.add_argument("--device", help="cuda where there is one, else cpu")
-    p.add_argument("--threads", type=number(int, 1), default=torch.get_num_threads())
-    p.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # one case, in this process
     return p.parse_args(argv)
 
 
@@ -62,24 +51,20 @@ def random_batch(args, device):
     return images.contiguous(memory_format=torch.channels_last), *texts, existence
 
 
-def step_case(args, device):
+def step_case(case, args, device):
     """-> a training step of the whole model, or of its backbone with the mean square as a loss."""
     images, pathology_text, anatomy_text, existence = random_batch(args, device)
-    model = MeDSLIP(MeDSLIPConfig(args.backbone, args.image_size))
+    model = MeDSLIP(MeDSLIPConfig(image_size=args.image_size))
     model = model.to(device, memory_format=torch.channels_last)
-    if args.case == "inference":
-        model.eval().requires_grad_(False)
-        return lambda: model(images, pathology_text, anatomy_text)
-    trained = model.backbone if args.case == "floor" else model
-    forward = torch.compile(trained) if args.case == "compile" else trained
+    trained = model.backbone if case == "floor" else model
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
 
     def step():
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.case == "bf16"):
-            if args.case == "floor":
-                loss = forward(images).square().mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=case == "bf16"):
+            if case == "floor":
+                loss = trained(images).square().mean()
             else:
-                out = forward(images, pathology_text, anatomy_text)
+                out = trained(images, pathology_text, anatomy_text)
                 loss = medslip_loss(out, existence, pathology_text, anatomy_text)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -132,16 +117,16 @@ def random_streams(pathology_text, anatomy_text, existence, count=7):
     return streams
 
 
-def losses_case(args, device):
+def losses_case(case, args, device):
     """-> forward and backward of ProtoCL and ICL from given embeddings."""
     _, *texts, existence = random_batch(args, device)
     streams = random_streams(*texts, existence)
     relation = torch.randn(existence.shape, device=device, requires_grad=True)
-    loss = published_losses if args.case == "loop" else our_losses
+    loss = published_losses if case == "loop" else our_losses
     return lambda: loss(streams, relation, existence).backward()
 
 
-def data_case(args, device):
+def data_case(case, args, device):
     """-> a training batch of stored images with six triplets each, augmented as in the paper."""
     images = np.random.default_rng(0).integers(0, 256, (args.batch_size, 256, 256), np.uint8)
     triplets = [Triplet(PATHOLOGIES[k], ANATOMIES[k], 1) for k in range(6)]
@@ -152,7 +137,7 @@ def data_case(args, device):
     return lambda: batches[0]
 
 
-def jpeg_case(args, device):
+def jpeg_case(case, args, device):
     """-> the same as released: every image is a file of 3 MB that is decoded whole, as RGB."""
     rng, file = np.random.default_rng(0), io.BytesIO()
     film = Image.fromarray(rng.integers(0, 256, (16, 16), np.uint8)).resize((2544, 3056))
@@ -165,54 +150,54 @@ def jpeg_case(args, device):
     return lambda: [recipe(Image.open(file).convert("RGB")) for _ in range(args.batch_size)]
 
 
-def measure(args):
-    """One case in this process -> seconds and operations of a step, and the peak in MB."""
-    one_core = args.case in ("data", "jpeg")
+CASES = {
+    "floor": ("backbone alone, fp32", step_case), "fp32": ("full step, fp32", step_case),
+    "bf16": ("full step, bf16", step_case), "losses": ("ProtoCL and ICL, ours", losses_case),
+    "loop": ("ProtoCL and ICL, published loops", losses_case),
+    "data": ("one core: stored 256-pixel images", data_case),
+    "jpeg": ("one core: full-size JPEG, as published", jpeg_case)}
+
+
+def measure(case, args):
+    """One case in this process -> (median seconds of a step, peak in MB)."""
+    one_core = case in ("data", "jpeg")
     device, _, _ = join_processes("cpu" if one_core else args.device)
-    torch.set_num_threads(1 if one_core else args.threads)
-    build = {"losses": losses_case, "loop": losses_case, "data": data_case, "jpeg": jpeg_case}
-    step = build.get(args.case, step_case)(args, device)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    step()  # torch.compile compiles once more without the counter
-    seconds = []
-    for _ in range(args.steps):
-        began = time.perf_counter()
+    if one_core:
+        torch.set_num_threads(1)
+    step = CASES[case][1](case, args, device)
+
+    def timed():
         step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
+    timed()  # the first one also chooses algorithms and fills caches
+    seconds = statistics.median(timeit.repeat(timed, number=1, repeat=args.steps))
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 1e6
-    elif sys.platform == "win32":
-        peak = math.nan  # Windows does not tell
-    else:
-        import resource
-        unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes on a Mac, else kilobytes
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return statistics.median(seconds), counter.get_total_flops(), peak
+        return seconds, torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "win32":
+        return seconds, math.nan  # Windows does not tell
+    import resource
+    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes on a Mac, else kilobytes
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def main(args):
-    if args.case:
-        print(json.dumps(measure(args)))
-        return
     cases, floor, failed = args.cases.split(","), math.nan, 0
     if not set(cases) <= set(CASES):
         raise InputError(f"--cases {args.cases}: choose among {','.join(CASES)}")
-    print(f"{'case':<40}{'s/step':>9}{'images/s':>9}{'v. floor':>9}{'peak MB':>9}{'TFLOP/s':>9}")
+    print(f"{'case':<40}{'s/step':>9}{'images/s':>9}{'v. floor':>9}{'peak MB':>9}")
     for case in cases:
-        # in a process of its own, so that its peak memory is its own
-        done = subprocess.run([sys.executable, *sys.argv, "--case", case], capture_output=True,
-                              text=True)
-        if done.returncode:
-            print(f"{CASES[case]:<40}", *(done.stderr.splitlines() or ["killed: memory?"])[-1:])
-            failed = done.returncode
-            continue
-        seconds, flops, peak = json.loads(done.stdout.splitlines()[-1])
+        # each in a process of its own, so that its peak memory is its own
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            try:
+                seconds, peak = pool.submit(measure, case, args).result()
+            except (RuntimeError, MemoryError) as error:  # mostly too little memory
+                print(f"{CASES[case][0]:<40} {' '.join(str(error).split())[:80]}")
+                failed = 1
+                continue
         floor = seconds if case == "floor" else floor
-        print(f"{CASES[case]:<40}{seconds:9.4f}{args.batch_size / seconds:9.1f}"
-              f"{seconds / floor:9.2f}{peak:9.0f}{flops / seconds / 1e12:9.3f}")
+        print(f"{CASES[case][0]:<40}{seconds:9.4f}{args.batch_size / seconds:9.1f}"
+              f"{seconds / floor:9.2f}{peak:9.0f}")
     sys.exit(failed)
 
 

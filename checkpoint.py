@@ -10,7 +10,6 @@ Every tensor must find its place, or is named in the error. Nothing in a file is
 """
 import re
 import warnings
-from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -51,43 +50,25 @@ def load_model(path_or_hub_id, map_location="cpu"):
     """
     path = locate(path_or_hub_id)
     checkpoint = read_checkpoint(path, map_location)
-    weights = checkpoint.get("model", checkpoint)
-    if not isinstance(weights, dict) or not any(torch.is_tensor(v) for v in weights.values()):
-        raise InputError(f"{path} holds no weights under 'model'; it is no MeDSLIP checkpoint")
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v for k, v in weights.items()}
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v
+               for k, v in checkpoint.get("model", checkpoint).items()}
     weights = {k: v for k, v in weights.items() if not HARMLESS.search(k)}
-    if any(k.startswith("res_features.") for k in weights):
-        weights, config = convert_published(weights)
-    else:
-        config = read_config(path, checkpoint)
-    try:
-        model = MeDSLIP(config).to(map_location)
-    except Exception as error:  # arguments of the wrong type or value
-        raise InputError(f"{path}: no model can be built from its 'config' ({error})") from None
-    own = {k for k in model.state_dict() if not HARMLESS.search(k)}
-    trouble = [f"missing {k}" for k in sorted(own - weights.keys())]
-    trouble += [f"unknown {k}" for k in sorted(weights.keys() - own)]
-    if not trouble:
-        try:
-            model.load_state_dict(weights, strict=False)  # the harmless ones stay as they are
-        except RuntimeError as error:  # torch names each tensor of another shape
-            trouble = [" ".join(str(error).split())]
-    if trouble:
-        raise InputError(f"{path} does not fit: {'; '.join(trouble)}"[:4000])
-    model.queries, model.args = checkpoint.get("queries"), checkpoint.get("args") or {}
-    if not isinstance(model.queries, dict) or "pathology" not in model.queries:
-        model.queries, model.args = None, {}
-    return model.eval()
-
-
-def read_config(path, checkpoint):
-    """The model arguments of this project's checkpoint. A field that is newer than the file takes
-    its default."""
-    saved, known = checkpoint.get("config"), {f.name for f in fields(MeDSLIPConfig)}
-    if not isinstance(saved, dict) or not saved.keys() <= known:
+    published = any(k.startswith("res_features.") for k in weights)
+    if not published and not isinstance(checkpoint.get("config"), dict):
         raise InputError(f"{path} is neither this project's checkpoint (no model arguments under "
                          "'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
-    return MeDSLIPConfig(**saved)
+    try:
+        if published:
+            weights, config = convert_published(weights)
+        else:  # a field that is newer than the file takes its default
+            config = MeDSLIPConfig(**checkpoint["config"])
+        model = MeDSLIP(config).to(map_location)
+        model.load_state_dict(weights)
+    except Exception as error:  # arguments of the wrong value; torch names each tensor at fault
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} does not fit this project's model: {reason}"[:4000]) from None
+    model.queries, model.args = checkpoint.get("queries"), checkpoint.get("args") or {}
+    return model.eval()
 
 
 def convert_published(weights):
@@ -142,27 +123,22 @@ def training_state(path):
 def read_checkpoint(path, map_location="cpu"):
     """torch.load without pickle execution -> dict. InputError in one line for any other file."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened ({error.strerror})") from None
-    if head.lstrip()[:1] == b"<":
-        raise InputError(f"{path} is a web page, not a checkpoint; download the file itself")
-    if head.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a Git-LFS pointer; fetch the file with `git lfs pull`")
-    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be opened ({error})") from None
     except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
-        reason = " ".join(str(error).split())[:80]
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
-            reason = f"it wants to run {wanted[1]} on loading, which is refused"
-        raise InputError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: "
-                         f"{reason})") from None
-    if not isinstance(checkpoint, dict):
-        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a dict of weights")
+            raise InputError(f"{path} wants to run {wanted[1]} on loading, which is refused; "
+                             "get it from a source you trust, as weights alone") from None
+        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}); download "
+                         "the file itself, not its web page; `git lfs pull` fetches it where only "
+                         "a pointer lies") from None
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
+        raise InputError(f"{path} holds no dict of weights; give a checkpoint of train.py or a "
+                         "published one")
     return checkpoint
 
 

@@ -11,11 +11,12 @@ import json
 import os
 import signal
 import sys
-import time
+import timeit
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+from joblib import cpu_count as cores  # that this process may use; the machine may have more
 
 
 class InputError(Exception):
@@ -63,15 +64,8 @@ def print_table(title, scores, keys):
             if isinstance(value, tuple) and None not in value:  # an interval
                 value = f"{value[0]:.3f}..{value[1]:.3f}"
             cell = f"{value:.3f}" if isinstance(value, float) else str(value).replace("None", "-")
-            line += cell.rjust(max(len(key), 5) + 3)
+            line += cell.rjust(max(len(key), 5) + 4)  # an interval has 12 characters
         print(line)
-
-
-def cores():
-    """The cores this process may use; they may be fewer than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 @contextlib.contextmanager
@@ -132,15 +126,10 @@ def join_processes(name=None):
     return device, rank, world
 
 
-def matmul_seconds(dtype, device, size=512):
-    """Seconds of one matrix product, the best of five."""
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):  # the first one warms up and is never the best
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return best
+def matmul_seconds(dtype, device):
+    """Seconds of one matrix product, the best of six; the first only warms up."""
+    a = torch.randn(512, 512, device=device, dtype=dtype)
+    return min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
 
 
 def pick_amp(choice, device):

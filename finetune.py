@@ -8,12 +8,14 @@ Classification is a linear layer on the mean of the encoder's last map, segmenta
 decoder on its maps of every resolution; masks are learned and scored at the image size.
 
 Differs from the paper and the released code:
-- The encoder is frozen as in the paper, batch-norm statistics too (released: trained along). It
-  sees each image once for classification, not augmented, and its features are standardised, so
-  that one learning rate suits an encoder of any scale.
-- The epoch, and for labels the thresholds, come from validation (released: from the test split).
-- Dice and IoU are means over test images with a mask; dice_all, iou_all over all images, where an
-  empty mask left empty counts 1 (released).
+- The encoder is frozen as in the paper, batch norm too (released: trained along). Its features are
+  standardised for classification, so that one learning rate suits an encoder of any scale.
+- By `--protocol honest` the validation part chooses the epoch and the thresholds, and --ratio is of
+  the patients, each class in proportion. `published`, for Table V: all images outside the test
+  split are learned from (NIH: all of train_val_list.txt), --ratio is of images at random, and the
+  test split chooses, as released, which makes the scores too good.
+- dice is a mean over test images with a mask; dice_all, as published, over all, where an empty
+  mask left empty counts 1: 0.778 on SIIM for a network that never finds anything.
 """
 import copy
 import json
@@ -31,28 +33,28 @@ from torchvision.tv_tensors import Image, Mask
 
 import data
 import figures
-from checkpoint import load_model, read_checkpoint
-from cli import InputError, Parser, atomic, number, pick_amp, pick_device, run
+from checkpoint import load_model
+from cli import InputError, Parser, atomic, number, pick_amp, pick_device, print_table, run
 from metrics import (best_dice_threshold, classification_scores, mask_scores, nearest,
                      scores_with_intervals)
 from model import Residual, build_backbone
 from train import learning_rate
 
-PAPER = dict(batch_size=64, weight_decay=5e-4, min_lr=1e-5, min_steps=1, backbone="resnet50",
-             image_size=224)
-SMALL = dict(backbone="small", image_size=64)
-# Values of flags that are left out: Table II, then what two CPU cores finish in minutes. Epochs are
-# added until there are min_steps steps; the learning rate rises from min_lr to lr and falls again.
+# Flags left out: Table II, then a CPU's minutes. Epochs are added until there are min_steps steps.
+COLUMNS = ("epochs", "min_steps", "batch_size", "lr", "warmup_epochs", "backbone", "image_size")
 SETTINGS = {
-    "classification": dict(PAPER, epochs=100, lr=1e-4, warmup_epochs=20),
-    "segmentation": dict(PAPER, epochs=1000, lr=1e-5, warmup_epochs=50),
-    "synthetic classification": dict(SMALL, epochs=30, min_steps=500, lr=1e-2, warmup_epochs=2),
-    "synthetic segmentation": dict(SMALL, epochs=4, min_steps=200, lr=3e-3, warmup_epochs=0.5),
-    "covid-chestxray classification": dict(SMALL, image_size=128, lr=1e-2, warmup_epochs=5),
-    "covid-chestxray segmentation": dict(SMALL, image_size=128, epochs=30, batch_size=16, lr=3e-3,
-                                         warmup_epochs=2)}
-CHANNELS = {  # of the backbone's last map at 1/2, 1/4, 1/8, 1/16 of the image's size
-    "small": (32, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
+    "classification": (100, 1, 64, 1e-4, 20, "resnet50", 224),
+    "segmentation": (1000, 1, 64, 1e-5, 50, "resnet50", 224),
+    "synthetic classification": (30, 500, 64, 1e-2, 2, "small", 64),
+    "synthetic segmentation": (4, 200, 64, 3e-3, 0.5, "small", 64),
+    "covid-chestxray classification": (100, 1, 64, 1e-2, 5, "small", 128),
+    "covid-chestxray segmentation": (30, 1, 16, 3e-3, 2, "small", 128)}
+PROTOCOLS = {  # splits to learn from, to choose epoch and thresholds by, and to score
+    "honest": (["train"], ["validate"], ["test"]),
+    "published": (["train", "validate"], ["test"], ["test"])}
+CHANNELS = {  # of the maps at 1/2, 1/4, 1/8, 1/16 of the image's size
+    "small": (32, 96, 96, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
+MIN_LR, WEIGHT_DECAY = 1e-5, 5e-4  # Table II; the rate rises from MIN_LR to --lr and falls again
 MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray": "lung"}
 
 
@@ -62,16 +64,17 @@ def parse_args(argv=None):
     g = p.add_argument_group("what to learn, with which encoder")
     g.add_argument("--task", required=True, choices=["classification", "segmentation"])
     g.add_argument("--dataset", choices=data.DATASETS, default="synthetic")
-    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="of the patients")
+    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="share of the data")
+    g.add_argument("--protocol", choices=PROTOCOLS, default="honest", help="see the file's head")
     g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
     g.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
     g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
-    g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="(checkpoint's)")
+    g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
     g.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
     g = p.add_argument_group("training (Table II; synthetic, covid-chestxray: a CPU's minutes)")
     for flag in ("--image-size", "--epochs", "--min-steps", "--batch-size"):
         g.add_argument(flag, type=number(int, 1))
-    for flag in ("--lr", "--min-lr", "--warmup-epochs", "--weight-decay"):
+    for flag in ("--lr", "--warmup-epochs"):
         g.add_argument(flag, type=number(float, 0))
     g.add_argument("--seed", type=number(int, 0), default=0, help="of subset, weights and order")
     g.add_argument("--seeds", type=number(int, 1), default=1, help="repeat with seed + 1, ...")
@@ -84,19 +87,19 @@ def parse_args(argv=None):
 
 def fill_in(args):
     """Give every flag that was left out its value. Returns the pre-trained model or None."""
-    preset, model = SETTINGS.get(f"{args.dataset} {args.task}", {}), None
-    settings = SETTINGS[args.task] | preset
+    row, model = f"{args.dataset} {args.task}", None
+    settings = dict(zip(COLUMNS, SETTINGS.get(row, SETTINGS[args.task])))
     if args.init == "pretrained":
         model = load_model(args.checkpoint)
-        settings["backbone"] = model.config.backbone
-        settings["image_size"] = max(model.config.image_size, preset.get("image_size", 0))
-        if args.backbone not in (None, model.config.backbone):
-            raise InputError(f"{args.checkpoint} holds a {model.config.backbone}, not a "
-                             f"{args.backbone}; leave --backbone out")
+        settings["backbone"], size = model.config.backbone, model.config.image_size
+        # a row of its own asks for its pixels, even of an encoder that was trained on fewer
+        settings["image_size"] = max(size, settings["image_size"]) if row in SETTINGS else size
+        if args.backbone:
+            raise InputError(f"--backbone goes with --init random; {args.checkpoint} has its own")
     for name, value in settings.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.image_size % 16:
+    if args.image_size % 16:  # the decoder meets maps at 1/2 to 1/16 of this size
         raise InputError(f"--image-size {args.image_size} is not a multiple of 16")
     args.device = pick_device(args.device)
     args.dtype, why = pick_amp(args.amp, args.device)
@@ -127,10 +130,10 @@ class Images(Dataset):
         return data.to_input(image, self.size)[0], target                       # [3,s,s]
 
 
-def read_split(args, table, split, labels):
-    """The Images of a split of which something is known; masks are scaled to the image size."""
+def read_splits(args, table, splits, labels):
+    """The Images of splits of which something is known; masks are scaled to the image size."""
     rows, targets = [], []
-    for row in table.rows(split):
+    for row in np.flatnonzero(np.isin(table.splits, splits)):
         if args.task == "segmentation":
             mask = table.mask(row, labels[0])                                   # bool [H,W]
             target = None if mask is None else nearest(mask, args.image_size, args.image_size)
@@ -139,56 +142,49 @@ def read_split(args, table, split, labels):
         if target is not None and (target >= 0).any():                          # -1: unknown
             rows.append(row)
             targets.append(target)
-    targets = torch.from_numpy(np.array(targets, np.int8))
+    targets = torch.from_numpy(np.array(targets, np.int8))                      # [N,L] or [N,s,s]
     if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
-        raise InputError(f"the {split} images of {args.dataset} do not both show and lack any of "
-                         f"{labels}; data sets with masks: {MASKS}")
+        raise InputError(f"the {' and '.join(splits)} images of {args.dataset} do not both show "
+                         f"and lack any of {labels}; data sets with masks: {MASKS}")
     return Images(table, np.array(rows), targets, args.image_size)
 
 
-def nested_subset(patients, present, ratio, seed):
-    """Rows of the images of a share of the patients. patients: N ids; present: bool [N,L].
-    A stratum is the patients of one rarest class. In random order, number k of its s patients
-    stands at place k / s of a queue: a smaller share lies within a larger one."""
-    names, patient = np.unique(patients, return_inverse=True)
-    rarest_first = np.argsort(present.mean(0))
-    stratum = np.full(len(names), -1)  # -1: shows nothing
-    for k in reversed(rarest_first):
-        stratum[patient[present[:, k]]] = k
-    queue, rng = [], np.random.default_rng(seed)
-    for rank, k in enumerate([*rarest_first, -1]):
+def subset(patients, present, ratio, seed, protocol):
+    """Rows of a share of N images. patients: N ids; present: bool [N,L]."""
+    rng = np.random.default_rng(seed)  # of its own: the same share for any network
+    if protocol == "published":
+        return rng.permutation(len(patients))[:max(2, round(ratio * len(patients)))]
+    # A patient belongs to the rarest class that an image shows. In random order, number k of the s
+    # patients of a class stands at place k / s of a queue, so that a smaller share, in proportion
+    # as well, lies within a larger one.
+    names, patient = np.unique(patients, return_inverse=True)                   # patient [N]
+    present, nothing = present[:, np.argsort(present.mean(0))], present.shape[1]  # rarest first
+    rarest = np.where(present.any(1), present.argmax(1), nothing)               # [N]
+    stratum, place = np.full(len(names), nothing), np.empty(len(names))  # of each patient
+    np.minimum.at(stratum, patient, rarest)  # of all images of a patient
+    for k in np.unique(stratum):
         members = rng.permutation(np.flatnonzero(stratum == k))
-        queue += [(place / len(members), rank, who) for place, who in enumerate(members)]
-    chosen = [who for _, _, who in sorted(queue)[:max(1, round(ratio * len(names)))]]
-    return np.flatnonzero(np.isin(patient, chosen))
-
-
-def block(channels_in, channels_out, kernel=1, stride=1, padding=0):
-    convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(channels_out), nn.ReLU(),
-                         Residual(channels_out))
+        place[members] = np.arange(len(members)) / len(members)
+    queue = np.lexsort((stratum, place))  # by place; of equal places the rarer class first
+    return np.flatnonzero(np.isin(patient, queue[:max(2, round(ratio * len(names)))]))
 
 
 class Decoder(nn.Module):
-    """The way up of a ResUNet to 1/2 of the image's size, where each place answers for 4 pixels.
-    `small` stops before 1/16 and is continued to there, to see more than a piece of the chest."""
+    """The way up of a ResUNet to 1/2 of the image's size, where each place answers for 4 pixels."""
     def __init__(self, channels):
         super().__init__()
-        base, channels, below = channels[0] // 4, list(channels), 0
+        base, below, self.up = channels[0] // 4, 0, nn.ModuleList()
         widths = (2 * base, 4 * base, 8 * base, 8 * base)  # at 1/2, 1/4, 1/8, 1/16
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        while len(channels) < 4:
-            width = widths[len(channels)]
-            self.down.append(block(channels[-1], width, 4, 2, 1))
-            channels.append(width)
-        for level in (3, 2, 1, 0):
-            self.up.append(block(channels[level] + below, widths[level]))
-            below = widths[level]
-        self.last = nn.Conv2d(below, 4, 1)
+        for level in (3, 2, 1, 0):  # from coarse to fine
+            width = widths[level]
+            self.up.append(nn.Sequential(nn.Conv2d(channels[level] + below, width, 1, bias=False),
+                                         nn.BatchNorm2d(width), nn.ReLU(), Residual(width)))
+            below = width
+        self.last = nn.Conv2d(below, 4, 1)  # one channel for each of the 4 pixels
 
     def forward(self, maps):  # [B,c,H/2,W/2], [B,c,H/4,W/4], ...
-        for layer in self.down:
-            maps = [*maps, layer(maps[-1])]
+        while len(maps) < 4:  # of `small`: pooled on, to see more than a piece of the chest
+            maps = [*maps, F.avg_pool2d(maps[-1], 2)]
         x = self.up[0](maps[3])                                                 # [B,c,H/16,W/16]
         for layer, level in zip(self.up[1:], (2, 1, 0)):
             x = layer(torch.cat([maps[level], F.interpolate(x, scale_factor=2)], 1))
@@ -211,6 +207,7 @@ class FineTuned(nn.Module):
 
     def train(self, mode=True):
         super().train(mode)
+        # a frozen batch norm keeps its statistics, else the encoder would change all the same
         self.backbone.train(mode and not self.config["frozen"])
         return self
 
@@ -219,7 +216,7 @@ class FineTuned(nn.Module):
         x, maps = images, {}
         for layer in self.backbone:
             x = layer(x)
-            maps[x.shape[-1]] = x
+            maps[x.shape[-1]] = x  # a later map of the same resolution takes its place
         return x.mean((2, 3)) if self.config["task"] == "classification" else list(maps.values())
 
     def forward(self, images):
@@ -231,7 +228,7 @@ def loss_of(logits, targets):
     known = targets >= 0
     loss = F.binary_cross_entropy_with_logits(logits[known], targets[known].float())
     if targets.dim() == 3:
-        p = logits.sigmoid()
+        p = logits.sigmoid()  # the 1 keeps a batch without any mask from dividing by zero
         loss = loss + 1 - (2 * (p * targets).sum() + 1) / (p.sum() + targets.sum() + 1)
     return loss
 
@@ -242,156 +239,151 @@ def outputs(function, images, args):
     values, targets = [], []
     for inputs, target in DataLoader(images, args.batch_size):
         with torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None):
-            values.append(function(inputs.to(args.device)).float().cpu())
+            values.append(function(inputs.to(args.device)).float().cpu())  # numpy has no bf16
         targets.append(target)
-    return torch.cat(values), torch.cat(targets)
+    return torch.cat(values), torch.cat(targets)                                # [N,...] both
 
 
 def fit(learner, train, held, args):
-    """Train what is not frozen, keep the best of 20 to 39 validations; returns the loss curve."""
+    """Train what is not frozen, keep the weights of the lowest loss on `held`; -> the curve."""
     workers = args.workers
     if workers is None:  # beside the training on a CPU they would only take turns with it
         workers = 4 if args.device.type == "cuda" else 0
+    # the rest of an epoch that fills no batch may be one image, too few for batch norm
     batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=workers,
                          drop_last=len(train) > args.batch_size, persistent_workers=workers > 0)
     epochs = max(args.epochs, math.ceil(args.min_steps / len(batches)))
-    total = epochs * len(batches)
+    total = epochs * len(batches)  # steps
     # stretched where --min-steps adds epochs; at most half of a run that --epochs cuts short
     warmup = total * min(args.warmup_epochs / args.epochs, 0.5)
-    optimizer = torch.optim.AdamW([p for p in learner.parameters() if p.requires_grad],
-                                  weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=WEIGHT_DECAY)  # skips frozen
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     step, best, curve = 0, math.inf, []
     for epoch in range(1, epochs + 1):
-        learner.train()
+        learner.train()  # not what is frozen: FineTuned.train
         losses = []
         for inputs, targets in batches:
-            optimizer.param_groups[0]["lr"] = learning_rate(step, warmup, total, args.lr,
-                                                            args.min_lr)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, warmup, total, args.lr, MIN_LR)
             with torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None):
-                logits = learner(inputs.to(args.device))
+                logits = learner(inputs.to(args.device))                        # [B,L] or [B,s,s]
             loss = loss_of(logits.float(), targets.to(args.device))
             optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
+            scaler.scale(loss).backward()  # of fp16, whose small gradients would be 0; else idle
             scaler.step(optimizer)
             scaler.update()
-            losses.append(loss.detach())
+            losses.append(loss.detach())  # read once an epoch, so that a GPU is not waited for
             step += 1
-        if epoch % max(1, epochs // 20) == 0 or epoch == epochs:
+        if epoch % max(1, epochs // 20) == 0 or epoch == epochs:  # about 20 times in all
             mean = torch.stack(losses).mean().item()
             validation = loss_of(*outputs(learner.eval(), held, args)).item()
             if not math.isfinite(mean + validation):
                 sys.exit(f"finetune.py: the loss is no number in epoch {epoch}; try a lower --lr")
             curve.append({"epoch": epoch, "loss": mean, "validation": validation})
             if validation < best:
-                best, weights = validation, copy.deepcopy(learner.state_dict())
+                best, weights = validation, copy.deepcopy(learner.state_dict())  # else it changes
     learner.load_state_dict(weights)
     return curve
 
 
+def score(args, net, labels, train, held, test):
+    """-> (scores, probabilities [N,L] or [N,s,s]) of the test images; prints a table."""
+    logits, targets = outputs(net, test, args)
+    truth, answers = targets.numpy(), logits.sigmoid().numpy()                  # [N,L] or [N,s,s]
+    if args.task == "classification":
+        held_logits, held_labels = outputs(net, held, args)
+        best = classification_scores(held_labels, held_logits.sigmoid(), names=labels)["threshold"]
+        # a label that all held images show, or none, has no best threshold
+        thresholds = [0.5 if best[name] is None else best[name] for name in labels]
+        scores = scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
+                                       test.patients)
+        lines = {"thresholds as chosen": scores, "thresholds best on test": scores["customary"]}
+        print_table("", lines, ("auroc", "auroc_ci95", "ap", "f1", "acc"))
+    else:
+        masks = train.targets.numpy() == 1
+        masks = masks[masks.any((1, 2))]                                        # [n,s,s]
+        mean = masks.mean(0) / masks.mean(0).max()  # a fixed region needs no look at the image
+        fixed = mean > best_dice_threshold([mean] * len(masks), masks)              # [s,s]
+        scores = mask_scores(logits.numpy() > 0, truth == 1, fixed, test.patients, args.bootstrap)
+        lines = {"network": scores,
+                 "trivial: a fixed region": {"dice": scores["trivial"]["fixed_dice"]},
+                 "trivial: always empty": {"dice_all": scores["trivial"]["empty_dice_all"]}}
+        print_table("", lines, ("n", "dice", "dice_ci95", "iou", "n_all", "dice_all"))
+    return scores, answers
+
+
 def one_run(args, seed, labels, train, held, test, model):
     """One seed, from the subset to the test -> (network, scores, arrays for the .npz)."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # new weights, order of the batches, augmentation
     present = train.targets == 1                                                # [N,L] or [N,s,s]
     if args.task == "segmentation":
         present = present.flatten(1).any(1, keepdim=True)                       # [N,1]
-    subset = nested_subset(train.patients, present.numpy(), args.ratio, seed)
-    train = Images(train.table, train.rows[subset], train.targets[subset], args.image_size)
+    rows = subset(train.patients, present.numpy(), args.ratio, seed, args.protocol)
+    train = Images(train.table, train.rows[rows], train.targets[rows], args.image_size)
     print(f"seed {seed}: {len(train)} images to learn from, {len(held)} to choose by")
-    if len(train) < 2:
-        raise InputError(f"--ratio {args.ratio} leaves {len(train)} image; take a larger one")
     net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
     if model is not None:
         net.backbone.load_state_dict(model.backbone.state_dict())
-    rate = (train.targets == 1).float().mean()  # the head starts at the rate of positives
+    rate = (train.targets == 1).float().mean()  # of positives: there the head starts
     last_layer = list(net.head.modules())[-1]
     nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
-    net.to(args.device, memory_format=torch.channels_last).eval()
-    if args.task == "classification" and not args.unfreeze:
+    net.to(args.device, memory_format=torch.channels_last).eval()  # the layout is faster in bf16
+    if args.task == "classification" and not args.unfreeze:  # the same features in each epoch
         features = [TensorDataset(*outputs(net.features, part, args)) for part in (train, held)]
         curve = fit(net.head, *features, args)
     else:
         train.augment = True
         curve = fit(net, train, held, args)
-    logits, targets = outputs(net, test, args)
-    if args.task == "classification":
-        held_logits, held_labels = outputs(net, held, args)
-        best = classification_scores(held_labels, held_logits.sigmoid(), names=labels)["threshold"]
-        thresholds = [0.5 if best[name] is None else best[name] for name in labels]
-        scores = scores_with_intervals(targets.numpy(), logits.sigmoid().numpy(), thresholds,
-                                       labels, args.bootstrap, 0, test.patients)
-    else:
-        masks = train.targets.numpy() == 1
-        masks = masks[masks.any((1, 2))]
-        mean = masks.mean(0) / masks.mean(0).max()  # a fixed region needs no look at the image
-        fixed = mean > best_dice_threshold([mean] * len(masks), masks)          # [s,s]
-        scores = mask_scores(logits.numpy() > 0, targets.numpy() == 1, fixed, test.patients,
-                             args.bootstrap)
+    scores, answers = score(args, net, labels, train, held, test)
     arrays = {"ids": [test.table.ids[row] for row in test.rows], "names": labels,
-              "labels": targets.numpy(), "scores": logits.sigmoid().numpy()}
+              "labels": test.targets.numpy(), "scores": answers}
     return net, scores | {"seed": seed, "n_train": len(train), "curve": curve}, arrays
+
+
+def draw(path, args, test, scores, arrays):
+    """AUROC and ROC curve of each label, or the masks of the first test images that have one."""
+    labels, truth, answers = arrays["names"], arrays["labels"], arrays["scores"]
+    if args.task == "classification":
+        figures.draw_classes(path, scores["per_class"], labels, truth, answers)
+    else:
+        examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
+                     arrays["ids"][k][-24:]) for k in np.flatnonzero(truth.any((1, 2)))[:8]]
+        figures.draw_masks(path, examples, labels[0])
 
 
 def main(args):
     model = fill_in(args)
     table = data.load_from_args(args, args.image_size)
+    labels = args.label.split(",") if args.label else table.label_names
     if args.task == "segmentation":
         labels = [args.label or MASKS.get(args.dataset, "lung")]
-    else:
-        labels = args.label.split(",") if args.label else table.label_names
-        if not set(labels) <= set(table.label_names):
-            raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
-    splits = [read_split(args, table, split, labels) for split in ("train", "validate", "test")]
+    elif not set(labels) <= set(table.label_names):
+        raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
+    if args.protocol == "published":
+        print("published: the test split chooses the epoch and the thresholds, as released")
+    parts = [read_splits(args, table, splits, labels) for splits in PROTOCOLS[args.protocol]]
     network = Path(args.out_dir, f"finetune-{args.dataset}-{args.task}.pt")
     stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
     runs = []
     for seed in range(args.seed, args.seed + args.seeds):
-        net, scores, arrays = one_run(args, seed, labels, *splits, model)
+        net, scores, arrays = one_run(args, seed, labels, *parts, model)
         runs.append(scores)
-        parts = {"": scores, "at thresholds of the test split, ": scores.get("customary", {}),
-                 "trivial answer, ": scores.get("trivial", {})}
-        for title, part in parts.items():
-            for name, value in part.items():
-                if isinstance(value, (float, tuple)):
-                    print(f"{title}{name}: {np.round(value, 3)}")
         if seed == args.seed:  # the first one gives the checkpoint, the predictions and the figure
             with atomic(network) as draft:
                 torch.save({"model": net.state_dict(), "config": net.config}, draft)
-            with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:
+            with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:  # else savez adds .npz
                 np.savez_compressed(file, **arrays)
-            test, truth, answers = splits[2], arrays["labels"], arrays["scores"]
             with atomic(f"{stem}.png") as draft:
-                if args.task == "classification":
-                    figures.draw_classes(draft, scores["per_class"], labels, truth, answers)
-                else:  # the first test images with a mask, not the best
-                    examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
-                                 arrays["ids"][k][-24:])
-                                for k in np.flatnonzero(truth.any((1, 2)))[:8]]
-                    figures.draw_masks(draft, examples, labels[0])
+                draw(draft, args, parts[2], scores, arrays)
     result = {"task": args.task, "dataset": args.dataset, "labels": labels, **runs[0],
               "args": vars(args), "runs": runs}
     if args.seeds > 1:
         key = "auroc" if args.task == "classification" else "dice"
         values = [run[key] for run in runs]
-        mean, deviation = np.mean(values), np.std(values, ddof=1)
-        print(f"over {args.seeds} seeds: {key} {mean:.3f}, deviation {deviation:.3f}")
-        result |= {f"{key}_mean": mean, f"{key}_std": deviation}
+        result |= {f"{key}_mean": np.mean(values), f"{key}_std": np.std(values, ddof=1)}
+        print_table("", {"over the seeds": result}, (f"{key}_mean", f"{key}_std"))
     with atomic(f"{stem}.json") as draft:
-        draft.write_text(json.dumps(result, indent=1, default=str) + "\n")
-    with atomic(f"{stem}_curve.png") as draft:
-        figures.draw_curves(draft, [run["curve"] for run in runs], "loss")
-    print(f"written: {network}, {stem}.json .npz .png _curve.png")
-
-
-def load_finetuned(path, map_location="cpu"):
-    """The network of a finetune-*.pt in eval mode; InputError for any other file."""
-    saved = read_checkpoint(path, map_location)
-    try:
-        net = FineTuned(**saved["config"]).to(map_location)
-        net.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path} was not written by finetune.py") from None
-    return net.eval()
+        draft.write_text(json.dumps(result, indent=1, default=str) + "\n")  # str of device, dtype
+    print(f"written: {network}, {stem}.json .npz .png")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ sentences of vocabulary_phrases.csv; formats/NAME.py lays out the folders. The b
 layout, count, seed, size, places and world alone.
 """
 import collections
-import functools
 import math
 import os
 import textwrap
@@ -251,7 +250,7 @@ def bounding_box(mask):
 
 
 def make(film):
-    """Choose a film's findings, draw it, dictate its report: (image, masks, lungs) of draw_film."""
+    """Choose a film's findings, draw it, dictate its report -> what draw_film gives."""
     image, masks, lungs = draw_film(film.seed, choose_findings(film), film.size, film.world)
     film.findings = [Finding(*finding, bounding_box(mask), mask if film.keep_masks else None)
                      for finding, mask in masks.items()]
@@ -288,37 +287,27 @@ def draw(films, workers):
         return [make_and_save(film) for film in films]
     with ProcessPoolExecutor(workers) as pool:
         drawn = pool.map(make_and_save, films, chunksize=16)
-        few = len(films) < 1000
-        return list(tqdm(drawn, "drawing", len(films), unit=" films",
-                         disable=True if few else None))
-
-
-# ---------------------------------------------------------------------------------------- folders
-
-LAYOUTS = {name: module for name, module in FORMATS.items() if name != "synthetic"}
+        return list(tqdm(drawn, "drawing", len(films), unit=" films", disable=None))
 
 
 def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=None):
     """Draw `count` films into the folders of a data set at `root`, a new folder.
 
     size: pixels a side (default: that of the data set). places: the share of pathologies that are
-    at two places or more of a film. InputError for an unknown layout, for a root that holds files
-    or cannot be written.
+    at two places or more of a film. InputError if the root holds files or cannot be written.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"no layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    films = plan(count, seed, size or LAYOUTS[layout].SIZE, places, world)
+    films = plan(count, seed, size or FORMATS[layout].SIZE, places, world)
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        LAYOUTS[layout].write(root, films, functools.partial(draw, workers=workers or cores()))
+        FORMATS[layout].write(root, films, lambda films: draw(films, workers or cores()))
     except OSError as error:
         raise InputError(f"cannot write to {root}: {error.strerror or error}")
 
 
 def parse_args(argv=None):
     p = Parser(description="Draw synthetic radiographs with reports.")
-    p.add_argument("--layout", default="mimic", metavar="NAME", help=" ".join(LAYOUTS))
+    p.add_argument("--layout", choices=FORMATS, default="mimic")
     p.add_argument("--root", metavar="DIR", help="a new folder (data/phantom-<layout>)")
     p.add_argument("--count", type=number(int, 1), default=200, metavar="N", help="films (200)")
     p.add_argument("--seed", type=number(int, 0), default=0, metavar="N")

@@ -29,21 +29,18 @@ HELD_OUT = {(pathology, f"{side}_{zone}_lung") for side in SIGN for pathology, z
     ("mass", "mid"))}
 
 
-class World(NamedTuple):
-    contrast: float    # of lesions; with 1 they are learned to near perfection
-    growth: float      # of large hearts and raised diaphragms
-    alike: float       # 0: each look its own; 1: the patches look alike, nodule and mass as well
-    left_out: float    # share of pathologies that the report does not mention
-    hedged: float      # share of pathologies in the lung that it only suspects
-    splits: tuple      # train, validate and test patients of ten
-    held_out: set      # findings that only test films have
+class World(NamedTuple):     # the easy one
+    contrast: float = 0.85   # of lesions; with 1 they are learned to near perfection
+    growth: float = 1.0      # of large hearts and raised diaphragms
+    alike: float = 0.0       # 0: each look its own; 1: patches look alike, nodule and mass as well
+    left_out: float = 0.07   # share of pathologies that the report does not mention
+    hedged: float = 0.03     # share of pathologies in the lung that it only suspects
+    splits: tuple = 8, 1, 1  # train, validate and test patients of ten
+    held_out: set = frozenset()  # findings that only test films have
 
 
-WORLDS = {
-    "easy": World(contrast=0.85, growth=1.0, alike=0.0, left_out=0.07, hedged=0.03,
-                  splits=(8, 1, 1), held_out=set()),
-    "hard": World(contrast=0.65, growth=0.8, alike=0.5, left_out=0.20, hedged=0.05,
-                  splits=(4, 1, 5), held_out=HELD_OUT)}
+WORLDS = {"easy": World(), "hard": World(contrast=0.65, growth=0.8, alike=0.5, left_out=0.20,
+                                         hedged=0.05, splits=(4, 1, 5), held_out=HELD_OUT)}
 
 # ------------------------------------------------------------------------------ the healthy chest
 
@@ -160,13 +157,6 @@ BALLS = {
     "mass": (0.38, 0.46, 0.19, 0.25, 0.35, 0.2, 0.0, 0.0, 0.0)}
 
 
-def traits(pathology, alike):
-    """Its row, moved towards the mean of its table by `alike`."""
-    table = PATCHES if pathology in PATCHES else BALLS
-    own, mean = np.array(table[pathology]), np.mean(list(table.values()), axis=0)
-    return (own + alike * (mean - own)).tolist()
-
-
 def in_lung(c, side, density):
     """Density adds up in air; before heart, ribs or another lesion it shows less."""
     return density * c.space[side] * np.clip((0.75 - c.film) * 2.5, 0.5, 1)
@@ -186,10 +176,12 @@ def place_lesion(c, side, place, radius):
 
 
 def draw_lesion(c, pathology, anatomy, rng):
-    """A patch or a ball."""
+    """A patch or a ball. Its traits are moved towards the mean of its table by `alike`."""
     side, _, place = anatomy.partition("_")
-    low, high, small, large, soft, ragged, mottling, oblong, straight = traits(
-        pathology, c.world.alike)
+    table = PATCHES if pathology in PATCHES else BALLS
+    own, mean = np.array(table[pathology]), np.mean(list(table.values()), axis=0)
+    low, high, small, large, soft, ragged, mottling, oblong, straight = (
+        own + c.world.alike * (mean - own)).tolist()
     radius = rng.uniform(small, large)
     x, y = place_lesion(c, side, place, radius)
     wide, tall = radius * (1 + 0.25 * straight), radius * rng.uniform(1 - oblong, 1 + oblong)

@@ -19,8 +19,8 @@ def test_loops_and_matrices_agree():
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["floor", "bf16", "inference", "loop", "data"])
+@pytest.mark.parametrize("case", ["floor", "bf16", "loop", "data"])
 def test_each_case_is_measured(case):
-    seconds, flops, peak = bench.measure(bench.parse_args([
-        "--case", case, "--backbone=small", "--image-size=32", "--batch-size=2", "--steps=1"]))
-    assert seconds > 0 and peak > 100 and (flops > 0 or case in ("loop", "data"))
+    args = bench.parse_args(["--image-size=32", "--batch-size=2", "--steps=1"])
+    seconds, peak = bench.measure(case, args)
+    assert seconds > 0 and peak > 100

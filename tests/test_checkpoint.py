@@ -8,7 +8,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from checkpoint import load_model
+from checkpoint import load_model, training_state
 from cli import InputError
 from test_model import ask
 
@@ -87,4 +87,6 @@ def test_foreign_and_hostile_files(tmp_path, content):
 def test_no_such_file(tmp_path):
     for path in (tmp_path / "ckpt.pt", tmp_path, "out/none.pth"):
         assert "train.py" in refusal(path)
+    with pytest.raises(InputError, match="cannot be opened"):  # by train.py --resume
+        training_state(tmp_path / "ckpt.pt")
     assert "offline" in refusal("owner/name")  # conftest.py switches the hub off

@@ -1,5 +1,6 @@
-"""Proves that fine-tuning learns from the images it says, freezes what it says, moves an image and
-its mask together, scores as a pencil would, and keeps evaluate.py's files as they are.
+"""Proves that fine-tuning learns from the images and chooses by the split that the protocol says,
+freezes what it says, moves an image and its mask together, scores as a pencil would, prints both
+Dice beside the trivial answers, and keeps evaluate.py's files as they are.
     python -m pytest tests/test_finetune.py
 """
 import json
@@ -14,7 +15,7 @@ import data
 import finetune
 import phantom
 from cli import InputError
-from finetune import FineTuned, load_finetuned
+from finetune import FineTuned
 from metrics import dice_of, mask_scores
 from model import MeDSLIP, MeDSLIPConfig
 
@@ -36,8 +37,10 @@ def run(folder, dataset, task, out_dir, *flags):
         str(out_dir), "--checkpoint", str(folder / "ckpt.pt"), "--epochs", "2", "--batch-size",
         "16", "--amp", "off", "--bootstrap", "20", *flags]))
     stem = out_dir / "eval" / f"{dataset}_finetune-{task}"
-    network = load_finetuned(out_dir / f"finetune-{dataset}-{task}.pt")
-    return json.loads(stem.with_suffix(".json").read_text()), np.load(f"{stem}.npz"), network
+    saved = torch.load(out_dir / f"finetune-{dataset}-{task}.pt")
+    net = FineTuned(**saved["config"]).eval()
+    net.load_state_dict(saved["model"])
+    return json.loads(stem.with_suffix(".json").read_text()), np.load(f"{stem}.npz"), net
 
 
 def test_a_small_share_holds_each_class_in_proportion():
@@ -45,10 +48,20 @@ def test_a_small_share_holds_each_class_in_proportion():
     of each kind; a fifth is one A and one B, the rarer ones of those that come first."""
     patients, kinds = np.repeat(list("abcdefghij"), 2), np.repeat(list("AABBBB----"), 2)
     present = np.stack([kinds == "A", (kinds == "B") | (patients == "a")], 1)
-    fifth, half, whole = (finetune.nested_subset(patients, present, r, 0) for r in (0.2, 0.5, 1))
+    fifth, half, whole = (finetune.subset(patients, present, r, 0, "honest") for r in (0.2, 0.5, 1))
     assert sorted(kinds[fifth]) == list("AABB") and set(fifth) < set(half) < set(whole)
     assert sorted(kinds[half]) == list("----AABBBB") and len(set(patients[half])) == 5
-    assert set(half) != set(finetune.nested_subset(patients, present, 0.5, 2))
+    assert set(half) != set(finetune.subset(patients, present, 0.5, 2, "honest"))
+
+
+def test_a_published_share_is_of_images_at_random():
+    """Of 500 patients with two films about half have one film among a random half of the films."""
+    patients, nothing = np.repeat(np.arange(500), 2), np.zeros((1000, 1), bool)
+    half, tenth = (finetune.subset(patients, nothing, r, 0, "published") for r in (0.5, 0.1))
+    films = np.bincount(patients[half], minlength=500)
+    assert len(set(half)) == 500 and 200 < (films == 1).sum() < 300 and set(tenth) < set(half)
+    honest = finetune.subset(patients, nothing, 0.5, 0, "honest")
+    assert set(np.bincount(patients[honest], minlength=500)) == {0, 2}
 
 
 def square(first, last):
@@ -107,12 +120,40 @@ def test_classification_of_nih(folder, tmp_path):
     result, arrays, net = run(folder, "nih", "classification", tmp_path, "--seeds", "2")
     assert {"auroc", "f1", "acc", "auroc_ci95", "threshold", "per_class", "n"} <= set(result)
     assert {path.name for path in (tmp_path / "eval").iterdir()} == {
-        f"nih_finetune-classification{end}" for end in (".json", ".npz", ".png", "_curve.png")}
+        f"nih_finetune-classification{end}" for end in (".json", ".npz", ".png")}
     table = data.load("nih", str(folder / "nih"), workers=0)
     rows = [table.ids.index(name) for name in arrays["ids"]]
     with torch.no_grad():
         again = net(data.to_input(torch.from_numpy(table.images[rows]), 32)).sigmoid()
     assert np.allclose(again, arrays["scores"], atol=1e-5) and set(table.splits[rows]) == {"test"}
+
+
+@pytest.mark.parametrize("protocol", ["honest", "published"])
+def test_who_is_learned_from_and_who_chooses(folder, tmp_path, capsys, protocol):
+    """published: all of NIH's train_val list, and the epoch of the lowest loss on the test."""
+    result, arrays, _ = run(folder, "nih", "classification", tmp_path, "--protocol", protocol)
+    splits = data.load("nih", str(folder / "nih"), workers=0).splits
+    assert {"train", "validate", "test"} == set(splits)
+    count = (splits != "test").sum() if protocol == "published" else (splits == "train").sum()
+    assert result["n_train"] == count and result["args"]["protocol"] == protocol
+    p = torch.from_numpy(arrays["scores"])
+    test_loss = finetune.loss_of(torch.logit(p), torch.from_numpy(arrays["labels"])).item()
+    chosen = min(epoch["validation"] for epoch in result["curve"])
+    assert (chosen == pytest.approx(test_loss, rel=1e-4)) == (protocol == "published")
+    assert ("test split chooses" in capsys.readouterr().out) == (protocol == "published")
+
+
+@pytest.mark.parametrize("protocol", ["honest", "published"])
+def test_both_dice_are_printed_beside_the_trivial_answers(folder, tmp_path, capsys, protocol):
+    result, arrays, _ = run(folder, "siim", "segmentation", tmp_path, "--protocol", protocol)
+    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    head = next(line for line in table if "dice_all" in line)
+    network = next(line for line in table if line[:1] == ["network"])
+    empty = next(line for line in table if line[:3] == ["trivial:", "always", "empty"])
+    without = 1 - (arrays["labels"] == 1).any((1, 2)).mean()
+    assert empty[3 + head.index("dice_all")] == f"{without:.3f}" and 0 < without < 1
+    for key in ("dice", "dice_all"):
+        assert network[1 + head.index(key)] == f"{result[key]:.3f}"
 
 
 @pytest.mark.parametrize("dataset, task, flags", [
@@ -127,14 +168,9 @@ def test_a_run_repeats(folder, tmp_path, dataset, task, flags):
 
 @pytest.mark.parametrize("task, flags, words", [
     ("classification", ["--label", "gout"], "gout"), ("segmentation", ["--label", "gout"], "siim"),
-    ("classification", ["--backbone", "resnet50"], "leave --backbone out"),
+    ("classification", ["--backbone", "resnet50"], "--init random"),
     ("segmentation", ["--image-size", "100"], "multiple of 16")])
 def test_wrong_input_is_one_line(folder, tmp_path, task, flags, words):
     with pytest.raises(InputError, match=words) as caught:
         run(folder, "nih", task, tmp_path, *flags)
     assert "\n" not in str(caught.value)
-
-
-def test_a_foreign_checkpoint_is_refused(folder):
-    with pytest.raises(InputError, match="not written by"):
-        load_finetuned(folder / "ckpt.pt")

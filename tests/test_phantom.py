@@ -121,8 +121,8 @@ def test_reports_tell_what_was_drawn(world, least, most):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(InputError, match="no layout"):
-        phantom.write("padchest", str(tmp_path / "new"), 2)
+    with pytest.raises(SystemExit, match="2"):
+        phantom.parse_args(["--layout", "padchest"])
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="not empty"):
         phantom.write("mimic", str(tmp_path), 2)
