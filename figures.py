@@ -138,13 +138,3 @@ def draw_masks(path, examples, title):
     films = [{"film": film, "mask": mask, "region": probability, "title": name}
              for film, mask, probability, name in examples]
     gallery(path, films, f"{title}; cyan: truth; yellow: predicted")
-
-
-def draw_curves(path, curves, measure):
-    """Loss and validation measure by epoch; curves: per seed, dicts of epoch, loss, validation."""
-    figure, axes = canvas(1, 2, 9, 3.4)
-    for axis, key, name in zip(axes[0], ("loss", "validation"), ("loss", f"validation {measure}")):
-        for curve in curves:
-            axis.plot([p["epoch"] for p in curve], np.array([p[key] for p in curve], float))
-        axis.set(xlabel="epoch", ylabel=name)
-    finish(figure, path)

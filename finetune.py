@@ -352,7 +352,7 @@ def draw(path, args, test, scores, arrays):
 
 def main(args):
     model = fill_in(args)
-    table = data.load_from_args(args, args.image_size)
+    table = data.load_from_args(args, args.image_size, model=model)
     labels = args.label.split(",") if args.label else table.label_names
     if args.task == "segmentation":
         labels = [args.label or MASKS.get(args.dataset, "lung")]
