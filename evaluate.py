@@ -19,8 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.ndimage import distance_transform_edt
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
@@ -28,6 +26,7 @@ import figures
 import metrics
 from checkpoint import give_queries, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
+from formats.chest import LUNG_ZONES, PATCHES, draw_film, stream
 from formats.images import read_image, trouble
 from metrics import SCORES, nearest
 from model import MeDSLIP
@@ -284,40 +283,60 @@ def relation(args, model, table, rows):
         path, (truth == 1).mean(0), pairs.mean(0), *names)
 
 
+def stages_of(args, network, images, rows, texts):
+    """{stage: [N,D], or [N,q,D] of the queries}: features and tokens are means over the cells."""
+    names = [s for s in metrics.STAGES if network.config.streams == "dual" or "anatomy" not in s]
+    pick = lambda out: [metrics.pooled(name, getattr(out, name)) for name in names]
+    return dict(zip(names, ask(args, network, images, rows, texts, pick)))
+
+
+def counterfactual(args, network, texts, size):
+    """How far each stage moves if films of the easy world show another lesion, or it elsewhere."""
+    films = []
+    for seed in range(100):
+        rng = stream("counterfactual", seed)
+        what, other = rng.sample([*PATCHES, "nodule"], 2)
+        where, elsewhere = rng.sample(LUNG_ZONES, 2)
+        for finding in ((what, where), (other, where), (what, elsewhere)):
+            films.append(draw_film(seed, [finding], size)[0])
+    stages = stages_of(args, network, np.stack(films), np.arange(len(films)), texts)
+    return {stage: metrics.moved(x) for stage, x in stages.items()}
+
+
 def embedding(args, model, table, rows):
-    """What do embeddings keep apart (Figs. 6, 8)? Probes of the streams' mean tokens, silhouette
-    and t-SNE of the queried embeddings."""
+    """Do the streams keep apart what and where (Figs. 5, 6, 8)? See `metrics.separation`."""
     labels = dict(zip(table.label_names, table.label_pathologies))
     if len(rows) < 20 or len(labels) < 2:
         raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
-    rows, scores, clouds = np.random.default_rng(args.seed).permutation(rows)[:1000], {}, {}
+    rows = np.random.default_rng(args.seed).permutation(rows)[:1000]
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
-    targets = {"pathology": table.labels[rows]}  # [N,L]
-    if table.has_reports:
-        _, pairs, _ = pair_truth(args, model, table, rows)
-        targets["place"] = (pairs == 1).any(2).astype(int)  # [N,n]
-    streams = ("pathology", "anatomy") if model.config.streams == "dual" else ("pathology",)
+    asked, labels = {label: columns[label] for label in labels}, table.labels[rows]  # [N,L]
+    pairs = pair_truth(args, model, table, rows)[1] if table.has_reports else None  # [N,n,m]
     torch.manual_seed(args.seed)
-    untrained = MeDSLIP(model.config).to(args.device).eval()
-    for title, network in (("trained", model), ("untrained", untrained)):
-        queried, *tokens = ask(args, network, table.images, rows, texts, lambda out: [
-            out.pathology_queried[:, list(columns.values())],  # [N,L,D]
-            *[getattr(out, f"{stream}_tokens").mean(1) for stream in streams]])  # [N,D] each
-        points = queried.reshape(-1, queried.shape[2])[:2500]  # t-SNE of more takes minutes
-        group = np.arange(len(points)) % len(labels)
-        silhouette = float(silhouette_score(points, group))
-        scores[title] = {"silhouette, queried embeddings": silhouette}
-        for stream, x in zip(streams, tokens):
-            for target, values in targets.items():
-                score = metrics.probe(x, values, np.array(table.patients)[rows])
-                scores[title][f"{target} from {stream} tokens"] = score
-        flatten = TSNE(perplexity=min(30, len(points) / 4), random_state=args.seed)
-        clouds[title] = flatten.fit_transform(points), group, list(columns)
-    lines = {key: {"trained": score, "untrained": scores["untrained"][key]}
-             for key, score in scores["trained"].items()}
-    print_table("probes: AUROC", lines, scores)
-    arrays = {title: points for title, (points, _, _) in clouds.items()}
-    return {"n": len(rows), **scores}, arrays, lambda path: figures.draw_embedding(path, clouds)
+    untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
+    untrained.start_from(torch.cat(texts), 0.1, 0.1)
+    result, networks, seen = {"n": len(rows)}, {"trained": model, "untrained": untrained}, {}
+    if hasattr(model, "mask"):
+        networks["M = 0.5"] = load_model(args.checkpoint, args.device).requires_grad_(False)
+        networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
+    icl = model.config.streams == "dual" and model.args.get("beta", 1) > 0
+    for title, network in networks.items():
+        relate = lambda *queried: network.relate(*[
+            torch.tensor(x, device=args.device) for x in queried]).sigmoid().cpu().numpy()
+        seen[title] = stages_of(args, network, table.images, rows, texts)
+        result[title] = metrics.separation(seen[title], asked, labels, pairs, args.seed,
+                                           np.array(table.patients)[rows], relate if icl else None)
+        if hasattr(model, "mask"):
+            cells = ask(args, network, table.images, rows[:100], texts,
+                        lambda out: [out.raw_features, out.pathology_features])  # [100,h*w,C] each
+            result[title]["mask"] = {"M": metrics.mask_values(*cells)}
+        if args.dataset == "synthetic":
+            result[title]["counterfactual"] = counterfactual(args, network, texts, table.size)
+    for test, lines in result["trained"].items():
+        for title in networks:
+            print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
+    arrays = {s: x for s, x in seen["trained"].items() if x.ndim == 2} | {"rows": rows}  # [N,D]
+    return result, arrays, lambda path: figures.draw_embedding(path, seen, asked, labels, result)
 
 
 def predict(args, model):

@@ -172,6 +172,20 @@ def test_mask():
     assert set((x_p / x).unique().tolist()) == {0, 1}  # hard: each feature goes to one stream
 
 
+def test_features_are_what_the_streams_get():
+    """Without a mask of its own each stream gets half of every feature."""
+    model, batch, out = ask()
+    assert_close(out.pathology_features + out.anatomy_features, out.raw_features)
+    assert_close(model.pathology.embed(out.pathology_features), out.pathology_tokens)
+    assert_close(model.anatomy.embed(out.anatomy_features), out.anatomy_tokens)
+    assert model(*batch).raw_features is None
+    model.disentangle = lambda x: (x / 2, x / 2)  # as evaluate.py does
+    half = model(*batch, need_attention=True)
+    assert_close(half.pathology_features, out.raw_features / 2)
+    single = ask(streams="single")[2]
+    assert single.pathology_features is single.raw_features and single.anatomy_features is None
+
+
 def test_relation():
     model, _, out = ask()
     bare = ask(icl="bare")[2].relation_logits
