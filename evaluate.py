@@ -291,7 +291,7 @@ def stages_of(args, network, images, rows, texts):
 
 
 def counterfactual(args, network, texts, size):
-    """How far each stage moves if films of the easy world show another lesion, or it elsewhere."""
+    """How far each stage moves if a film (easy world) has another lesion, or has it elsewhere."""
     films = []
     for seed in range(100):
         rng = stream("counterfactual", seed)

@@ -179,7 +179,7 @@ def draw_embedding(path, seen, asked, labels, result):
             swaps[f"{name}, {title}"] = shares
     if swaps:
         show_bars(axes[1, 3], swaps, ("A,A", "B,A", "A,B", "B,B"),
-                  "swap test: pathology of, place of; a guess: 0.25")
+                  "swap test: film of the pathology, film of the place; a guess: 0.25")
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
     finish(figure, path)

@@ -307,7 +307,7 @@ def mask_values(raw, masked):
 def swap_pairs(truth, seed, most=2000):
     """Pairs of films A, B with one finding each, which differ in pathology and in place. The mixed
     findings (pathology of A at the place of B and the reverse) must occur in truth [N,n,m] too, as
-    a model may well refuse what is never seen. -> films, pathologies, places, each [P,2]."""
+    a model is right to refuse what never occurs. -> films, pathologies, places, each [P,2]."""
     present = truth == 1
     films = np.flatnonzero(present.sum((1, 2)) == 1)                            # [F]
     _, places, kinds = np.nonzero(present[films])                               # [F] each
@@ -365,10 +365,10 @@ def clouds_of(stages, asked):
 
 
 def separation(stages, asked, labels, pairs, seed, patients, relate=None):
-    """Do two streams keep apart what and where? {test: {row: {key: number}}} of {stage: `pooled`}:
-    AUROC of existence, probes of labels [N,L] and of the places of pairs [N,n,m], silhouettes of
-    `clouds_of`, CKA of the streams, and the swap test. asked: {label: its query}. Without pairs no
-    places, without `relate` no swap test."""
+    """Do two streams keep apart what and where? -> {test: {row: {key: number}}}: AUROC of existence,
+    probes of labels [N,L] and of the places of pairs [N,n,m], silhouettes of `clouds_of`, CKA of
+    the streams, and the swap test. stages: {name: `pooled` output of the network}; asked: {label:
+    its query}. Without pairs there are no places, without `relate` no swap test."""
     # the mean over queries is as wide as a token, so that all probes of a stream see D numbers
     means = {stage: x.mean(1) if x.ndim == 3 else x for stage, x in stages.items()}
     logits = means.pop("pathology_logits")[:, list(asked.values())]             # [N,L]

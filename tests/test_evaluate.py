@@ -1,5 +1,6 @@
 """Proves that evaluate.py's commands run at toy size, answer the same whatever the batch size, take
-their thresholds from validation, and say what is wrong in one line.
+their thresholds from validation, compare embeddings with an untrained network's, and say what is
+wrong in one line.
 
     python -m pytest tests/test_evaluate.py
 """
@@ -181,7 +182,7 @@ def test_embedding_without_reports_has_no_places(folder, tmp_path, quick):
 
 
 def test_counterfactual_films_differ_in_one_thing(monkeypatch):
-    """A network that tells the size of the finding only: what moves it, where does not."""
+    """A network that only tells whether it is a nodule moves with what, not with where."""
     films = []
     monkeypatch.setattr(evaluate, "draw_film", lambda seed, findings, size: (
         films.append((seed, *findings[0])) or np.full((2, 2), findings[0][0] == "nodule"),))

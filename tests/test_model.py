@@ -173,7 +173,7 @@ def test_mask():
 
 
 def test_features_are_what_the_streams_get():
-    """Without a mask of its own each stream gets half of every feature."""
+    """The features in the output are those that the tokens are made of, also with M = 0.5."""
     model, batch, out = ask()
     assert_close(out.pathology_features + out.anatomy_features, out.raw_features)
     assert_close(model.pathology.embed(out.pathology_features), out.pathology_tokens)
