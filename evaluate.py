@@ -22,11 +22,11 @@ from scipy.ndimage import distance_transform_edt
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
+import disentangle
 import figures
 import metrics
 from checkpoint import give_queries, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
-from formats.chest import LUNG_ZONES, PATCHES, draw_film, stream
 from formats.images import read_image, trouble
 from metrics import SCORES, nearest
 from model import MeDSLIP
@@ -285,30 +285,19 @@ def relation(args, model, table, rows):
 
 def stages_of(args, network, images, rows, texts):
     """{stage: [N,D], or [N,q,D] of the queries}: features and tokens are means over the cells."""
-    names = [s for s in metrics.STAGES if network.config.streams == "dual" or "anatomy" not in s]
-    pick = lambda out: [metrics.pooled(name, getattr(out, name)) for name in names]
+    dual = network.config.streams == "dual"
+    names = [name for name in disentangle.STAGES if dual or "anatomy" not in name]
+    pick = lambda out: [disentangle.pooled(name, getattr(out, name)) for name in names]
     return dict(zip(names, ask(args, network, images, rows, texts, pick)))
 
 
-def counterfactual(args, network, texts, size):
-    """How far each stage moves if a film (easy world) has another lesion, or has it elsewhere."""
-    films = []
-    for seed in range(100):
-        rng = stream("counterfactual", seed)
-        what, other = rng.sample([*PATCHES, "nodule"], 2)
-        where, elsewhere = rng.sample(LUNG_ZONES, 2)
-        for finding in ((what, where), (other, where), (what, elsewhere)):
-            films.append(draw_film(seed, [finding], size)[0])
-    stages = stages_of(args, network, np.stack(films), np.arange(len(films)), texts)
-    return {stage: metrics.moved(x) for stage, x in stages.items()}
-
-
 def embedding(args, model, table, rows):
-    """Do the streams keep apart what and where (Figs. 5, 6, 8)? See `metrics.separation`."""
+    """Do the streams keep apart what and where (Figs. 5, 6, 8)? See disentangle.py."""
     labels = dict(zip(table.label_names, table.label_pathologies))
     if len(rows) < 20 or len(labels) < 2:
         raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
     rows = np.random.default_rng(args.seed).permutation(rows)[:1000]
+    patients = np.array(table.patients)[rows]
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
     asked, labels = {label: columns[label] for label in labels}, table.labels[rows]  # [N,L]
     pairs = pair_truth(args, model, table, rows)[1] if table.has_reports else None  # [N,n,m]
@@ -319,23 +308,28 @@ def embedding(args, model, table, rows):
     if hasattr(model, "mask"):
         networks["M = 0.5"] = load_model(args.checkpoint, args.device).requires_grad_(False)
         networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
+    films = disentangle.counterfactual_films(table.size) if args.dataset == "synthetic" else ()
     icl = model.config.streams == "dual" and model.args.get("beta", 1) > 0
     for title, network in networks.items():
-        relate = lambda *queried: network.relate(*[
-            torch.tensor(x, device=args.device) for x in queried]).sigmoid().cpu().numpy()
+        def relate(*queried):  # two arrays [P,2,D] -> [P,2,2]
+            queried = [torch.tensor(x, device=args.device) for x in queried]
+            return network.relate(*queried).sigmoid().cpu().numpy()
+
         seen[title] = stages_of(args, network, table.images, rows, texts)
-        result[title] = metrics.separation(seen[title], asked, labels, pairs, args.seed,
-                                           np.array(table.patients)[rows], relate if icl else None)
+        result[title] = disentangle.separation(seen[title], asked, labels, pairs, args.seed,
+                                               patients, relate if icl else None)
         if hasattr(model, "mask"):
             cells = ask(args, network, table.images, rows[:100], texts,
                         lambda out: [out.raw_features, out.pathology_features])  # [100,h*w,C] each
-            result[title]["mask"] = {"M": metrics.mask_values(*cells)}
-        if args.dataset == "synthetic":
-            result[title]["counterfactual"] = counterfactual(args, network, texts, table.size)
+            result[title]["mask"] = {"M": disentangle.mask_values(*cells)}
+        if len(films):
+            drawn = stages_of(args, network, films, np.arange(len(films)), texts)
+            result[title]["counterfactual"] = {s: disentangle.moved(x) for s, x in drawn.items()}
     for test, lines in result["trained"].items():
         for title in networks:
             print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
-    arrays = {s: x for s, x in seen["trained"].items() if x.ndim == 2} | {"rows": rows}  # [N,D]
+    arrays = {stage: x for stage, x in seen["trained"].items() if x.ndim == 2}  # [N,D]
+    arrays["ids"] = np.array(table.ids)[rows]
     return result, arrays, lambda path: figures.draw_embedding(path, seen, asked, labels, result)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
-from metrics import clouds_of
+from disentangle import clouds_of
 
 plt.switch_backend("Agg")  # draws into files, also where there is no screen
 BLUE, GRAY = "#2b6cb0", "#b8c2cc"
@@ -146,7 +146,7 @@ def show_bars(axis, bars, keys, title):
 
 
 def show_clouds(row, title, clouds, names, labels):
-    """Figs. 6, 5 and 8 on the first axes of a row; clouds: see metrics.clouds_of; labels [N,L]."""
+    """Figs. 6, 5 and 8 on the first axes of a row; clouds: see disentangle.py; labels [N,L]."""
     flat = {}
     for name, (points, _) in clouds.items():
         tsne = TSNE(perplexity=min(30, len(points) / 4), random_state=0)
