@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_score
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
+import disentangle
 import figures
 import metrics
 from checkpoint import give_queries, load_model, questions
@@ -271,40 +270,54 @@ def relation(args, model, table, rows):
         path, (truth == 1).mean(0), pairs.mean(0), *names)
 
 
+def stages_of(args, network, images, rows, texts):
+    """{stage: [N,D], or [N,q,D] of the queries}: features and tokens are means over the cells."""
+    dual = network.config.streams == "dual"
+    names = [name for name in disentangle.STAGES if dual or "anatomy" not in name]
+    pick = lambda out: [disentangle.pooled(name, getattr(out, name)) for name in names]
+    return dict(zip(names, ask(args, network, images, rows, texts, pick)))
+
+
 def embedding(args, model, table, rows):
-    """What do embeddings keep apart (Figs. 6, 8)? Probes of the streams' mean tokens, silhouette
-    and t-SNE of the queried embeddings."""
+    """Do the streams keep apart what and where (Figs. 5, 6, 8)? See disentangle.py."""
     labels = dict(zip(table.label_names, table.label_pathologies))
     if len(rows) < 20 or len(labels) < 2:
         raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
-    rows, scores, clouds = np.random.default_rng(args.seed).permutation(rows)[:1000], {}, {}
+    rows = np.random.default_rng(args.seed).permutation(rows)[:1000]
+    patients = np.array(table.patients)[rows]
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
-    targets = {"pathology": table.labels[rows]}  # [N,L]
-    if table.has_reports:
-        _, pairs, _ = pair_truth(args, model, table, rows)
-        targets["place"] = (pairs == 1).any(2).astype(int)  # [N,n]
-    streams = ("pathology", "anatomy") if model.config.streams == "dual" else ("pathology",)
+    asked, labels = {label: columns[label] for label in labels}, table.labels[rows]  # [N,L]
+    pairs = pair_truth(args, model, table, rows)[1] if table.has_reports else None  # [N,n,m]
     torch.manual_seed(args.seed)
-    untrained = MeDSLIP(model.config).to(args.device).eval()
-    for title, network in (("trained", model), ("untrained", untrained)):
-        queried, *tokens = ask(args, network, table.images, rows, texts, lambda out: [
-            out.pathology_queried[:, list(columns.values())],  # [N,L,D]
-            *[getattr(out, f"{stream}_tokens").mean(1) for stream in streams]])  # [N,D] each
-        points = queried.reshape(-1, queried.shape[2])[:2500]  # t-SNE of more takes minutes
-        group = np.arange(len(points)) % len(labels)
-        silhouette = float(silhouette_score(points, group))
-        scores[title] = {"silhouette, queried embeddings": silhouette}
-        for stream, x in zip(streams, tokens):
-            for target, values in targets.items():
-                score = metrics.probe(x, values, np.array(table.patients)[rows])
-                scores[title][f"{target} from {stream} tokens"] = score
-        flatten = TSNE(perplexity=min(30, len(points) / 4), random_state=args.seed)
-        clouds[title] = flatten.fit_transform(points), group, list(columns)
-    lines = {key: {"trained": score, "untrained": scores["untrained"][key]}
-             for key, score in scores["trained"].items()}
-    print_table("probes: AUROC", lines, scores)
-    arrays = {title: points for title, (points, _, _) in clouds.items()}
-    return {"n": len(rows), **scores}, arrays, lambda path: figures.draw_embedding(path, clouds)
+    untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
+    untrained.start_from(torch.cat(texts), 0.1, 0.1)
+    result, networks, seen = {"n": len(rows)}, {"trained": model, "untrained": untrained}, {}
+    if hasattr(model, "mask"):
+        networks["M = 0.5"] = load_model(args.checkpoint, args.device).requires_grad_(False)
+        networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
+    films = disentangle.counterfactual_films(table.size) if args.dataset == "synthetic" else ()
+    icl = model.config.streams == "dual" and model.args.get("beta", 1) > 0
+    for title, network in networks.items():
+        def relate(*queried):  # two arrays [P,2,D] -> [P,2,2]
+            queried = [torch.tensor(x, device=args.device) for x in queried]
+            return network.relate(*queried).sigmoid().cpu().numpy()
+
+        seen[title] = stages_of(args, network, table.images, rows, texts)
+        result[title] = disentangle.separation(seen[title], asked, labels, pairs, args.seed,
+                                               patients, relate if icl else None)
+        if hasattr(model, "mask"):
+            cells = ask(args, network, table.images, rows[:100], texts,
+                        lambda out: [out.raw_features, out.pathology_features])  # [100,h*w,C] each
+            result[title]["mask"] = {"M": disentangle.mask_values(*cells)}
+        if len(films):
+            drawn = stages_of(args, network, films, np.arange(len(films)), texts)
+            result[title]["counterfactual"] = {s: disentangle.moved(x) for s, x in drawn.items()}
+    for test, lines in result["trained"].items():
+        for title in networks:
+            print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
+    arrays = {stage: x for stage, x in seen["trained"].items() if x.ndim == 2}  # [N,D]
+    arrays["ids"] = np.array(table.ids)[rows]
+    return result, arrays, lambda path: figures.draw_embedding(path, seen, asked, labels, result)
 
 
 def predict(args, model):

@@ -10,7 +10,10 @@ import math
 
 import matplotlib.pyplot as plt
 import numpy as np
+from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
+
+from disentangle import clouds_of
 
 plt.switch_backend("Agg")  # draws into files, also where there is no screen
 BLUE, GRAY = "#2b6cb0", "#b8c2cc"
@@ -121,15 +124,64 @@ def draw_relation(path, truth, predicted, pathologies, anatomies):
     finish(figure, path)
 
 
-def draw_embedding(path, clouds):
-    """Clouds side by side (Figs. 6, 8); {title: (points [k,2], group [k], names of the groups)}."""
-    figure, axes = canvas(1, len(clouds), 12, 4.2)
-    for axis, (title, (points, group, names)) in zip(axes[0], clouds.items()):
-        for k, name in enumerate(names):
-            x, y = points[group == k].T
-            axis.scatter(x, y, color=COLOURS(k % 20), s=8, linewidths=0, label=name)
-        axis.set(xticks=[], yticks=[], title=title)
-    axes[0, 0].legend(fontsize=7, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
+def show_cloud(axis, points, group, names, title):
+    """Points [k,2] in the colours of their groups [k]; gray, below them, what is in none (-1)."""
+    axis.scatter(*points[group < 0].T, color=GRAY, s=6, linewidths=0)
+    for k, name in enumerate(names):
+        axis.scatter(*points[group == k].T, color=COLOURS(k % 20), s=6, linewidths=0, label=name)
+    axis.set(xticks=[], yticks=[])
+    axis.set_title(title, fontsize=10)
+
+
+def show_bars(axis, bars, keys, title):
+    """A horizontal bar for each key in each row of bars {row: {key: a share}}."""
+    rows, thickness = np.arange(len(bars)), 0.8 / len(keys)
+    for k, key in enumerate(keys):
+        shares = [row[key] or 0 for row in bars.values()]  # None, where unknown: no bar
+        axis.barh(rows + k * thickness, shares, thickness, color=COLOURS(k), label=key)
+    axis.set_yticks(rows + 0.4 - thickness / 2, list(bars), fontsize=8)
+    axis.invert_yaxis()
+    axis.set_title(title, fontsize=10)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+
+
+def show_clouds(row, title, clouds, names, labels):
+    """Figs. 6, 5 and 8 on the first axes of a row; clouds: see disentangle.py; labels [N,L]."""
+    flat = {}
+    for name, (points, _) in clouds.items():
+        tsne = TSNE(perplexity=min(30, len(points) / 4), random_state=0)
+        flat[name] = tsne.fit_transform(points)
+    points, group = flat["queries"], clouds["queries"][1]
+    shown = labels.ravel()[:len(group)] == 1  # in the order of the points: film by film
+    show_cloud(row[0], points, group, names, f"Fig. 6, {title}: queried embeddings by query")
+    show_cloud(row[1], points, np.where(shown, group, -1), names,
+               f"Fig. 5, {title}: gray if the film does not show it")
+    if "streams" in clouds:
+        show_cloud(row[2], flat["streams"], clouds["streams"][1], ("I^p", "I^a"),
+                   f"Fig. 8, {title}: features by stream")
+        row[2].legend(fontsize=8, frameon=False)
+
+
+def draw_embedding(path, seen, asked, labels, result):
+    """t-SNE as in Figs. 5, 6 and 8, trained above untrained; then probes and the swap test. seen:
+    {network: stages}; asked: {label: its query}; labels [N,L]; result: as evaluate.py writes it."""
+    figure, axes = canvas(2, 4, 22, 9)
+    for row, title in zip(axes, ("trained", "untrained")):
+        show_clouds(row, title, clouds_of(seen[title], asked), asked, labels)
+    axes[0, 0].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
+    probes, swaps = {}, {}
+    for stage, scores in result["trained"]["probes"].items():
+        probes |= {stage: scores, f"{stage}, untrained": result["untrained"]["probes"][stage]}
+    show_bars(axes[0, 3], probes, list(scores), "probes: AUROC")
+    axes[0, 3].set_xlim(0.5, 1)  # 0.5 is a guess
+    for title in ("trained", "untrained"):
+        for name, shares in result[title].get("swap", {}).items():
+            swaps[f"{name}, {title}"] = shares
+    if swaps:
+        show_bars(axes[1, 3], swaps, ("A,A", "B,A", "A,B", "B,B"),
+                  "swap test: film of the pathology, film of the place; a guess: 0.25")
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
     finish(figure, path)
 
 

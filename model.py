@@ -52,7 +52,7 @@ class MeDSLIPConfig:
 @dataclass
 class MeDSLIPOutput:
     """What the network says of a batch. A single-stream model leaves the anatomy fields None; the
-    maps are None unless need_attention."""
+    maps and features are None unless need_attention."""
     pathology_logits: torch.Tensor             # [B,m]      sigmoid = probability of presence
     anatomy_logits: torch.Tensor | None        # [B,n]
     pathology_queried: torch.Tensor            # [B,m,D]    I_q^p
@@ -66,6 +66,9 @@ class MeDSLIPOutput:
     pathology_attention: torch.Tensor | None = None  # [B,m,h,w] mean over heads and layers
     anatomy_attention: torch.Tensor | None = None    # [B,n,h,w]
     pathology_evidence: torch.Tensor | None = None   # [B,m,h,w] where existence is "evidence"
+    raw_features: torch.Tensor | None = None         # [B,h*w,C] I^raw
+    pathology_features: torch.Tensor | None = None   # [B,h*w,C] I^p; I^raw with one stream
+    anatomy_features: torch.Tensor | None = None     # [B,h*w,C] I^a
 
 
 # -------------------------------------------------------------------------------- image encoder E_I
@@ -274,7 +277,7 @@ class MeDSLIP(nn.Module):
         """Ask a batch every question of both query sets.
 
         images [B,3,H,W], ImageNet-normalised; pathology_text [m,T] and anatomy_text [n,T], the
-        frozen text vectors. Returns a MeDSLIPOutput, with its maps if need_attention.
+        frozen text vectors. Returns a MeDSLIPOutput, with maps and features if need_attention.
         """
         features = self.backbone(images)                                        # [B,C,h,w]
         h, w = features.shape[-2:]
@@ -282,19 +285,19 @@ class MeDSLIP(nn.Module):
         if self.config.position:
             x = x + position_embedding(h, w, x.shape[-1], x.device).to(x.dtype)
         queries = self.text_projection(pathology_text)                          # [m,D] T^p
+        x_p, x_a = (x, None) if self.config.streams == "single" else self.disentangle(x)
+        tokens, queried, logits, z, scores = self.pathology(x_p, queries)
         if self.config.streams == "single":
-            tokens, queried, logits, z, scores = self.pathology(x, queries)
             # MedKLIP's way to ask for the place: Z . T^a
             relation = (z @ anatomy_text.to(z.dtype).T).transpose(1, 2)         # [B,n,m]
             out = MeDSLIPOutput(logits, None, queried, None, z, None, relation, tokens, None)
         else:
-            x_p, x_a = self.disentangle(x)
-            tokens, queried, logits, z, scores = self.pathology(x_p, queries)
             a_tokens, a_queried, a_logits, a_z, a_scores = self.anatomy(
                 x_a, self.text_projection(anatomy_text))                        # [n,D] T^a
             out = MeDSLIPOutput(logits, a_logits, queried, a_queried, z, a_z,
                                 self.relate(queried, a_queried), tokens, a_tokens)
         if need_attention:
+            out.raw_features, out.pathology_features, out.anatomy_features = x, x_p, x_a
             out.pathology_attention = mean_map(scores).unflatten(-1, (h, w))    # [B,m,h,w]
             if out.anatomy_logits is not None:
                 out.anatomy_attention = mean_map(a_scores).unflatten(-1, (h, w))

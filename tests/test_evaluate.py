@@ -1,5 +1,6 @@
 """Proves that evaluate.py's commands run at toy size, answer the same whatever the batch size, take
-their thresholds from validation, and say what is wrong in one line.
+their thresholds from validation, compare embeddings with an untrained network's, and say what is
+wrong in one line.
 
     python -m pytest tests/test_evaluate.py
 """
@@ -25,10 +26,11 @@ NAMES = {"pathology": ["effusion", "pneumothorax", "consolidation", "nodule", "o
          "anatomy": ["left_pleural", "right_pleural", "left_upper_lung", "right_upper_lung", "rib"]}
 
 
-def save_model(path, **changes):
+def save_model(path, streams="dual", **changes):
     """A checkpoint of an untrained network that is asked six pathologies and five anatomies."""
     torch.manual_seed(0)
-    model = MeDSLIP(MeDSLIPConfig("small", 32, dim=16, layers=2, heads=2, existence="evidence"))
+    model = MeDSLIP(MeDSLIPConfig("small", 32, dim=16, layers=2, heads=2, existence="evidence",
+                                  streams=streams))
     prompts = {"pathology": text.pathology_prompts(NAMES["pathology"]),
                "anatomy": text.anatomy_prompts(NAMES["anatomy"])}
     queries = {kind: {"names": NAMES[kind], "prompts": prompts[kind],
@@ -70,7 +72,7 @@ KEYS = {"classification": "auroc f1 acc auroc_ci95 threshold per_class n customa
 
 @pytest.mark.parametrize("task", KEYS)
 def test_each_task_gives_the_same_whatever_the_batch_size(phantoms, folder, task):
-    flags = ["--split", "train", "--limit", "60"] if task == "embedding" else []
+    flags = EMBEDDING if task == "embedding" else []
     metrics, _ = evaluate_it(phantoms, folder, task, *flags)
     assert set(KEYS[task].split()) <= metrics.keys()
     if task != "embedding":  # its pictures take seconds
@@ -173,6 +175,60 @@ def test_deleting_the_cells_that_matter_takes_the_logit_down():
     drops = evaluate.faithfulness(args, model, table, found, (), columns)
     assert drops["12"]["map"] == pytest.approx(drops["12"]["mask"])
     assert drops["12"]["map"] > 2 * drops["12"]["random"]
+
+
+EMBEDDING = ["--split", "train", "--limit", "60"]
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The first two axes of an embedding in place of its t-SNE, which takes seconds."""
+    tsne = SimpleNamespace(fit_transform=lambda points: points[:, :2])
+    monkeypatch.setattr(evaluate.figures, "TSNE", lambda **_: tsne)
+
+
+def test_embedding_compares_three_networks(phantoms, folder, quick):
+    metrics, arrays = evaluate_it(phantoms, folder, "embedding", *EMBEDDING)
+    tests = {"existence", "probes", "silhouette", "cka", "swap", "mask", "counterfactual"}
+    for network in ("trained", "untrained", "M = 0.5"):
+        assert set(metrics[network]) == tests
+        swap = metrics[network]["swap"]["A and B"]
+        assert swap["n"] > 0 and sum(swap.values()) - swap["n"] == pytest.approx(1)
+    assert metrics["M = 0.5"]["mask"]["M"] == {"mean": 0.5, "deviation": 0, "near half": 1}
+    assert metrics["trained"]["mask"]["M"]["deviation"] > 0.01
+    assert metrics["M = 0.5"]["cka"]["features"]["cka"] == pytest.approx(1)
+    assert metrics["trained"]["cka"]["features"]["cka"] < 0.9999
+    assert numbers(metrics["trained"]) != numbers(metrics["untrained"])
+    assert len(arrays["ids"]) == len(arrays["anatomy_tokens"]) == metrics["n"] == 60
+
+
+def test_embedding_asks_each_label_by_its_own_query(phantoms, folder, quick):
+    """Labels without a stored query are asked last, and their scores keep the labels' order."""
+    found, _ = evaluate_it(phantoms, folder, "embedding", *EMBEDDING)
+    classes, _ = evaluate_it(phantoms, folder, "classification", *EMBEDDING)
+    classes = [*classes["per_class"].values(), *classes["unseen"]["per_class"].values()]
+    mean = np.mean([c["auroc"] for c in classes if c["auroc"] is not None])
+    assert found["trained"]["existence"]["pathology"]["auroc"] == pytest.approx(mean)
+
+
+def test_embedding_of_one_stream_and_of_a_network_without_icl(phantoms, tmp_path, quick):
+    save_model(tmp_path / "ckpt.pt", streams="single")
+    single, _ = evaluate_it(phantoms, tmp_path, "embedding", *EMBEDDING)
+    assert set(single["trained"]) == {"existence", "probes", "silhouette", "counterfactual"}
+    assert "anatomy_tokens" not in single["trained"]["probes"] and "M = 0.5" not in single
+    save_model(tmp_path / "ckpt.pt", args={"beta": 0.0})
+    dual, _ = evaluate_it(phantoms, tmp_path, "embedding", *EMBEDDING)
+    assert "swap" not in dual["trained"] and "cka" in dual["trained"]
+
+
+def test_embedding_without_reports_has_no_places(folder, tmp_path, quick):
+    root, command = tmp_path / "nih", ["--task", "embedding", "--dataset", "nih", "--workers", "1"]
+    phantom.write("nih", str(root), 60, seed=1, size=32, workers=1)
+    metrics = evaluate.main(evaluate.parse_args([
+        *command, "--root", str(root), "--checkpoint", str(folder / "ckpt.pt"),
+        "--out-dir", str(tmp_path), "--split", "train"]))
+    assert set(metrics["trained"]["probes"]["raw_features"]) == {"pathology"}
+    assert not {"swap", "counterfactual"} & metrics["trained"].keys()
 
 
 def test_pairs_without_icl_by_pencil():

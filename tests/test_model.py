@@ -180,6 +180,20 @@ def test_what_protocl_reads(proto_from, dropped):
     assert torch.allclose(z, stream.to_z2(queried), atol=1e-5) != dropped
 
 
+def test_features_are_what_the_streams_get():
+    """The features in the output are those that the tokens are made of, also with M = 0.5."""
+    model, batch, out = ask()
+    assert_close(out.pathology_features + out.anatomy_features, out.raw_features)
+    assert_close(model.pathology.embed(out.pathology_features), out.pathology_tokens)
+    assert_close(model.anatomy.embed(out.anatomy_features), out.anatomy_tokens)
+    assert model(*batch).raw_features is None
+    model.disentangle = lambda x: (x / 2, x / 2)  # as evaluate.py does
+    half = model(*batch, need_attention=True)
+    assert_close(half.pathology_features, out.raw_features / 2)
+    single = ask(streams="single")[2]
+    assert single.pathology_features is single.raw_features and single.anatomy_features is None
+
+
 def test_relation():
     model, _, out = ask()
     bare = ask(icl="bare")[2].relation_logits

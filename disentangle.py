@@ -1,0 +1,144 @@
+"""Do two streams keep apart what a film shows and where? Measures as functions of arrays.
+
+    python evaluate.py --task embedding             # prints and draws all of them
+    python -m pytest tests/test_disentangle.py      # each of them on cases that a pencil can check
+
+The paper shows three pictures (Figs. 5, 6, 8). Here are what a picture cannot show: probes, CKA,
+the swap test and counterfactual films. N films, L labels, n anatomies, m pathologies, P pairs.
+"""
+import numpy as np
+from sklearn.metrics import silhouette_score
+
+from formats.chest import LUNG_ZONES, PATCHES, draw_film, stream
+from metrics import classification_scores, mean_or_none, probe
+
+STAGES = ("raw_features", "pathology_features", "anatomy_features", "pathology_tokens",
+          "anatomy_tokens", "pathology_queried", "anatomy_queried", "pathology_logits")
+
+
+def pooled(stage, x):
+    """Features and tokens [N,h*w,D] -> their mean over the cells; everything else as it is."""
+    return x.mean(1) if stage.endswith(("features", "tokens")) else x
+
+
+def cka(x, y):
+    """Linear CKA of x [N,D] and y [N,E] (Kornblith et al. 2019): 1 if one is the other but for a
+    rotation and a scale, near 0 if no direction of one follows from the other."""
+    x, y = x - x.mean(0), y - y.mean(0)
+    shared = np.linalg.norm(x.T @ y) ** 2
+    return float(shared / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
+
+
+def streams_alike(means, seed):
+    """`cka` of the streams at each level, and with the films of one of them permuted."""
+    scores, rng = {}, np.random.default_rng(seed)
+    for level in ("features", "tokens", "queried"):
+        x, y = means[f"pathology_{level}"], means[f"anatomy_{level}"]           # [N,D] each
+        scores[level] = {"cka": cka(x, y), "permuted": cka(x, rng.permutation(y))}
+    return scores
+
+
+def mask_values(raw, masked):
+    """Mean and deviation of the mask M, and the share of it near 0.5, from I^raw and I^p =
+    M * I^raw. Where I^raw is 0 a mask changes nothing and is left out."""
+    mask = masked[np.abs(raw) > 1e-6] / raw[np.abs(raw) > 1e-6]
+    return {"mean": float(mask.mean()), "deviation": float(mask.std()),
+            "near half": float((np.abs(mask - 0.5) < 0.1).mean())}
+
+
+def swap_pairs(truth, seed, most=2000):
+    """Pairs of films A, B with one finding each, which differ in pathology and in place. The mixed
+    findings (pathology of A at the place of B and the reverse) must occur in truth [N,n,m] too, as
+    a model is right to refuse what never occurs. -> films, pathologies, places, each [P,2]."""
+    present = truth == 1
+    films = np.flatnonzero(present.sum((1, 2)) == 1)                            # [F]
+    _, places, kinds = np.nonzero(present[films])                               # [F] each
+    occurs = present.any(0)                                                     # [n,m]
+    a, b = np.indices((len(films), len(films))).reshape(2, -1)                  # [F*F] each
+    differ = (kinds[a] != kinds[b]) & (places[a] != places[b])
+    possible = occurs[places[a], kinds[b]] & occurs[places[b], kinds[a]]
+    pairs = np.stack([a, b], axis=1)[differ & possible]                         # [P,2]
+    pairs = np.random.default_rng(seed).permutation(pairs)[:most]
+    return films[pairs], kinds[pairs], places[pairs]
+
+
+def cell_shares(four):
+    """Which of four cells is the likeliest? four [P,2,2]: place of A or of B, pathology of A or of
+    B. "A,B": pathology of A at the place of B."""
+    best = four.reshape(-1, 4).argmax(1)
+    shares = {name: mean_or_none(best == k) for k, name in enumerate(("A,A", "B,A", "A,B", "B,B"))}
+    return {**shares, "n": len(four)}
+
+
+def swap_shares(relate, pathology_queried, anatomy_queried, truth, seed):
+    """Swap test: relate films A and B by the pathology embeddings of A [N,m,D] and the anatomy
+    embeddings of B [N,n,D], beside both embeddings of A. relate: [P,2,D] of both -> probabilities
+    [P,2,2]. sure: the pairs whose likeliest cell is above one half."""
+    films, kinds, places = swap_pairs(truth, seed)                              # [P,2] each
+    shares = {}
+    for name, other in (("both of A", films[:, :1]), ("A and B", films[:, 1:])):
+        four = relate(pathology_queried[films[:, :1], kinds], anatomy_queried[other, places])
+        shares[name] = cell_shares(four)
+        shares[f"{name}, sure"] = cell_shares(four[four.max((1, 2)) > 0.5])
+    return shares
+
+
+def counterfactual_films(size, count=100):
+    """uint8 [3*count,size,size]: a film of the easy world with one lesion, the same film with
+    another lesion at its place, the same film with the lesion elsewhere; the next film."""
+    films = []
+    for seed in range(count):
+        rng = stream("counterfactual", seed)
+        what, other = rng.sample([*PATCHES, "nodule"], 2)
+        where, elsewhere = rng.sample(LUNG_ZONES, 2)
+        for finding in ((what, where), (other, where), (what, elsewhere)):
+            films.append(draw_film(seed, [finding], size)[0])
+    return np.stack(films)
+
+
+def moved(x):
+    """How far embeddings move if one thing in a film changes. x [3N,...]: of each film, of the same
+    film with another pathology at its place (what), of the same with its finding elsewhere (where).
+    In units of the distance between two films (root mean square)."""
+    film, what, where = x.reshape(len(x) // 3, 3, -1).swapaxes(0, 1)            # [N,D] each
+    unit = np.sqrt(2 * film.var(0).sum())
+    what, where = (float(np.linalg.norm(other - film, axis=1).mean() / unit)
+                   for other in (what, where))
+    return {"what": what, "where": where, "what / where": what / where if where else None}
+
+
+def clouds_of(stages, asked):
+    """What Figs. 6 and 8 show, {name: (points [k,D], group [k])}: embeddings of the queries that
+    labels ask, by query; I^p and I^a by stream. asked: {label: its query}."""
+    queried = stages["pathology_queried"][:, list(asked.values())]              # [N,L,D]
+    points = queried.reshape(-1, queried.shape[2])[:2000]  # t-SNE of more takes minutes
+    clouds = {"queries": (points, np.arange(len(points)) % len(asked))}
+    if "anatomy_features" in stages:
+        both = [stages[f"{stream}_features"][:500] for stream in ("pathology", "anatomy")]
+        clouds["streams"] = np.concatenate(both), np.repeat([0, 1], len(both[0]))
+    return clouds
+
+
+def separation(stages, asked, labels, pairs, seed, patients, relate=None):
+    """All tests that a network's output allows, {test: {row: {key: number}}}: AUROC of existence,
+    probes of labels [N,L] and of the places of pairs [N,n,m], silhouettes of `clouds_of`, CKA of
+    the streams, and the swap test. stages: {name: `pooled` output of the network}; asked: {label:
+    its query}. Without pairs there are no places, without `relate` no swap test."""
+    # the mean over queries is as wide as a token, so that all probes of a stream see D numbers
+    means = {stage: x.mean(1) if x.ndim == 3 else x for stage, x in stages.items()}
+    logits = means.pop("pathology_logits")[:, list(asked.values())]             # [N,L]
+    scores, targets = {}, {"pathology": labels}
+    if pairs is not None:
+        targets["place"] = (pairs == 1).any(2).astype(int)                      # [N,n]
+    auroc = classification_scores(labels, logits, 0)["auroc"]
+    scores["existence"] = {"pathology": {"auroc": auroc}}
+    scores["probes"] = {stage: {name: probe(x, target, patients)
+                                for name, target in targets.items()} for stage, x in means.items()}
+    scores["silhouette"] = {name: {"silhouette": float(silhouette_score(*cloud))}
+                            for name, cloud in clouds_of(stages, asked).items()}
+    if "anatomy_tokens" in stages:
+        scores["cka"] = streams_alike(means, seed)
+    if relate and pairs is not None:
+        queried = stages["pathology_queried"], stages["anatomy_queried"]
+        scores["swap"] = swap_shares(relate, *queried, pairs, seed)
+    return scores
