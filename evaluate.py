@@ -193,7 +193,7 @@ def grounding(args, model, table, rows):
               "faithfulness": drops, "threshold": threshold, "threshold_from": source,
               "attention": args.attention, "not_trained_on": unseen}
     print_table("", {**result["per_class"], "all": result, **result["trivial"]}, ("n", *SCORES))
-    print(f"regions above {threshold:.2f} of the maximum (from {source}); worst class: "
+    print(f"regions above {threshold:.2g} of the maximum (from {source}); worst class: "
           f"{result['worst']['name']}\n")
     if args.protocol == "published":
         result["published"] = metrics.released_regions(found)
@@ -203,7 +203,7 @@ def grounding(args, model, table, rows):
         arrays[key] = [e["model"][key] for e in each]
     films = [{"film": f.film, "title": f.label, "mask": f.mask, "heat": f.heat,
               "level": threshold} for f in found[:15]]  # the first ones, not the best
-    title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2f} of it"
+    title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2g} of it"
     return result, arrays, lambda path: figures.gallery(path, films, title)
 
 

@@ -134,7 +134,7 @@ def scores_of_parts(labels, scores, thresholds, names, new, n=1000, seed=0, grou
 
 POINTING = ("pointing_game", "pointing_within_cell", "pointing_released")
 SCORES = (*POINTING, "iou", "dice")
-THRESHOLDS = np.linspace(0, 0.98, 50)  # shares of a map's maximum
+THRESHOLDS = np.geomspace(1e-4, 0.98, 50)  # shares of a map's maximum; some maps are peaked
 
 
 def nearest(array, height, width):
