@@ -17,7 +17,7 @@ import text
 from cli import InputError
 from model import MeDSLIP, MeDSLIPConfig
 
-# Tensors that are left out: batch norm's step counters (its momentum is fixed), the position indices
+# Tensors that are left out: step counters of batch norm (its momentum is fixed), position indices
 # of older transformers, and a frozen text encoder that was saved along.
 HARMLESS = re.compile(r"num_batches_tracked$|position_ids$|^(text_encoder|bert_model)\.")
 
@@ -128,8 +128,8 @@ def read_checkpoint(path, map_location="cpu"):
     except OSError as error:
         raise InputError(f"{path} cannot be opened ({error})") from None
     except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
-        wanted = re.search(r"GLOBAL \S+", str(error))  # a name that loading would import and run
-        reason = wanted[0] if wanted else type(error).__name__
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run {wanted[1]}" if wanted else type(error).__name__
         raise InputError(f"{path} is damaged, or holds more than weights ({reason}); get the file "
                          "itself, neither its web page nor a git-lfs pointer, from a source you "
                          "trust") from None

@@ -34,7 +34,7 @@ from formats import PATHOLOGY
 from formats.images import DICOM, read_mask, trouble
 from formats.items import FORMATS, find_root, read_items, settle_labels, settle_splits
 from formats.prepare import READY, prepare_images, read_reports
-from text import PATHOLOGIES, Triplet, existence_matrix, swap_sides
+from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix, swap_sides
 
 DATASETS = tuple(FORMATS)  # a new one: a file in formats/, its name in formats/items.py
 
@@ -70,9 +70,6 @@ class Table:
             self.label_from_reports()
         self.label_pathologies = [PATHOLOGY.get(name) for name in self.label_names]
 
-    def __len__(self):
-        return len(self.ids)
-
     def rows(self, split="all"):
         """Row numbers of a split, or of all usable images."""
         chosen = self.splits != "skipped" if split == "all" else self.splits == split
@@ -103,13 +100,11 @@ class Table:
     def label_from_reports(self):
         """Labels of a data set that has none: each pathology that at least ten test reports assert;
         what a report does not mention is absent."""
-        present = np.zeros((len(self), len(PATHOLOGIES)), np.int8)              # [N,75]
-        for i in range(len(self)):
-            for t in self.triplets(i):
-                if t.existence == 1 and t.pathology in PATHOLOGIES:
-                    present[i, PATHOLOGIES.index(t.pathology)] = 1
+        names = [name for name in PATHOLOGIES if not name.endswith("_obs")]  # without the buckets
+        existence = self.existence(range(len(self.ids)), names, ANATOMIES)      # [N,n,73]
+        present = (existence == 1).any(1).astype(np.int8)                       # [N,73]
         often = np.flatnonzero(present[self.rows("test")].sum(0) >= 10)  # else AUROC says little
-        self.label_names, self.labels = [PATHOLOGIES[j] for j in often], present[:, often]
+        self.label_names, self.labels = [names[j] for j in often], present[:, often]
 
     def located(self, i):
         """The labels that boxes or masks locate in image i."""
@@ -346,7 +341,7 @@ def find_problems(table):
 
 def print_receipt(table):
     rows = table.rows()
-    print(f"{table.dataset} at {table.root}: {len(rows)} of {len(table)} images can be used, "
+    print(f"{table.dataset} at {table.root}: {len(rows)} of {len(table.ids)} images can be used, "
           f"{len({table.patients[i] for i in rows})} patients, {table.size} pixels a side")
     if table.equalized:
         print("DICOM     histogram-equalised")

@@ -231,7 +231,7 @@ def validate(model, table, queries, args, autocast):
     if args.unmentioned == "negative":  # scored by the labels that it learns
         labels = labels.clamp(min=0)
     model.eval()  # no dropout; batch norm by its running statistics
-    for chunk in np.split(rows, range(64, len(rows), 64)):  # 64 images fit wherever a step does
+    for chunk in np.split(rows, range(64, len(rows), 64)):  # in parts, to save memory
         images = torch.from_numpy(table.images[chunk]).to(texts[0].device)      # [b,S,S]
         with autocast:
             out = model(to_input(images, model.config.image_size), *texts)
@@ -271,7 +271,7 @@ def main(args):
     model = torch.compile(raw_model) if args.compile else raw_model  # shares the weights
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
-            model, [device.index] if device.type == "cuda" else None)  # gloo takes none
+            model, [device.index] if device.type == "cuda" else None)  # None: on CPUs
     parameters = list(raw_model.parameters())
     optimizer = build_optimizer(parameters, args)
     step, best = saved.get("step", 0), saved.get("best", {"auroc": 0.0, "epoch": 0.0})
