@@ -78,10 +78,10 @@ def sentences(report):
     """The sentences of findings and impression, else of the last paragraph, as a list."""
     read = ("findings", "impression", "last_paragraph")
     text = "\n\n".join(text for name, text in sections(report).items() if name in read)
-    # MIMIC wraps its lines, so only a blank line ends a sentence; "2) Effusion" is numbered
+    # MIMIC wraps its lines, so a line may end within a sentence, but a blank line ends one
     found = re.split(r"\n\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
     return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
-            if re.search(r"[A-Za-z]{3}", sentence)]
+            if re.search(r"[A-Za-z]{3}", sentence)]  # "2) No edema." without its number
 
 
 # -------------------------------------------------------------------------------- words and places
@@ -290,8 +290,7 @@ def rules_key(folder=Path(__file__).parent):
 def sides(names):
     """The sides that index terms or landmarks name; the joint landmarks are on both."""
     text = " ".join(names).replace("lingula", "left")
-    if re.search("bilateral|lung_bases|lung_apices", text):
-        return {"left", "right"}
+    text = re.sub("bilateral|lung_bases|lung_apices", "left right", text)
     return {side for side in ("left", "right") if side in text}
 
 

@@ -378,7 +378,7 @@ def main(args):
     bar.close()
     if rank == 0:
         print(f"{'done' if step >= total else 'stopped'} at step {step}: {out_dir}/ckpt.pt; best "
-              f"validation AUROC {best['auroc']:.4f}: {out_dir}/best.pt")
+              f"validation AUROC {best['auroc']:.4f}")  # 0: none yet, and no best.pt
     if world > 1:
         torch.distributed.destroy_process_group()
 
