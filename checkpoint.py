@@ -1,12 +1,11 @@
-"""Files of weights, of this project, of the published MeDSLIP, of MedKLIP, and how they are asked.
+"""Files of weights (ours, the published MeDSLIP's, MedKLIP's), and how to ask the loaded model.
 
-    from checkpoint import load_model, questions
+    from checkpoint import give_queries, load_model, questions
     model = load_model("out/ckpt.pt")         # or the published file, MedKLIP's, pykale/MeDSLIP
     give_queries(model)                       # a published file stores none; ours do
     texts, columns, unseen = questions(model, {"Effusion": "effusion", "COVID-19": None})
 
-Every tensor must find its place, or is named in the error. Nothing in a file is executed
-(`weights_only=True`).
+A tensor that finds no place is named in the error. Nothing in a file is executed.
 """
 import re
 import warnings
@@ -18,8 +17,8 @@ import text
 from cli import InputError
 from model import MeDSLIP, MeDSLIPConfig
 
-# Tensors that may be absent or extra: batch-norm step counters (momentum is fixed), the position
-# indices of older transformers, and a frozen text encoder that was saved along.
+# Tensors that are left out: step counters of batch norm (its momentum is fixed), position indices
+# of older transformers, and a frozen text encoder that was saved along.
 HARMLESS = re.compile(r"num_batches_tracked$|position_ids$|^(text_encoder|bert_model)\.")
 
 # Published names -> ours, applied in this order. MedKLIP's names lack the stream, and the
@@ -121,21 +120,19 @@ def training_state(path):
 
 
 def read_checkpoint(path, map_location="cpu"):
-    """torch.load without pickle execution -> dict. InputError in one line for any other file."""
+    """The dict in a file of weights; InputError for any other file."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings():  # torch warns of some files that it then refuses
             warnings.simplefilter("ignore")
             checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except OSError as error:
         raise InputError(f"{path} cannot be opened ({error})") from None
     except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
         wanted = re.search(r"GLOBAL (\S+)", str(error))
-        if wanted:
-            raise InputError(f"{path} wants to run {wanted[1]} on loading, which is refused; "
-                             "get it from a source you trust, as weights alone") from None
-        raise InputError(f"{path} is damaged or no checkpoint ({type(error).__name__}); download "
-                         "the file itself, not its web page; `git lfs pull` fetches it where only "
-                         "a pointer lies") from None
+        reason = f"it would run {wanted[1]}" if wanted else type(error).__name__
+        raise InputError(f"{path} is damaged, or holds more than weights ({reason}); get the file "
+                         "itself, neither its web page nor a git-lfs pointer, from a source you "
+                         "trust") from None
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
         raise InputError(f"{path} holds no dict of weights; give a checkpoint of train.py or a "
                          "published one")
@@ -164,8 +161,7 @@ def build_queries(table, args):
                     if t.pathology in text.PATHOLOGIES)
         pathologies, anatomies = text.top_queries(triplets, args.pathologies, args.anatomies)
     pathologies = [name for name in pathologies if name not in table.hidden]
-    book = text.read_pathology_book(args.pathology_book) if args.pathology_book else None
-    p_prompts = text.pathology_prompts(pathologies, book)
+    p_prompts = text.pathology_prompts(pathologies, args.pathology_book)
     a_prompts = text.anatomy_prompts(anatomies, published=args.place_words == "published")
     p_text, a_text = (text.encode_text(x, args.text_encoder) for x in (p_prompts, a_prompts))
     return {"encoder": args.text_encoder,
@@ -175,9 +171,9 @@ def build_queries(table, args):
 
 def give_queries(model, pathology_book=None, encoder=None):
     """The published vocabulary as queries of a model that stores none."""
-    book = text.read_pathology_book(pathology_book) if pathology_book else None
-    p_text = encode_prompts(model, text.pathology_prompts(text.PATHOLOGIES, book), encoder)
-    a_text = encode_prompts(model, text.anatomy_prompts(text.ANATOMIES, published=True), encoder)
+    p_prompts = text.pathology_prompts(text.PATHOLOGIES, pathology_book)
+    a_prompts = text.anatomy_prompts(text.ANATOMIES, published=True)
+    p_text, a_text = (encode_prompts(model, x, encoder) for x in (p_prompts, a_prompts))
     model.queries = {"pathology": {"names": text.PATHOLOGIES, "text": p_text},
                      "anatomy": {"names": text.ANATOMIES, "text": a_text}}
 

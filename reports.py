@@ -1,10 +1,9 @@
 """Rules that read the triplets of a report, (pathology, anatomy, existence), without a model.
 
-    python reports.py --root data/openi        # their score against human index terms
+    python reports.py --root data/openi        # the score of the rules against human index terms
     echo "No effusion, mild scarring in the left base." | python text.py --report -
 
-The second one step by step:
-
+How that sentence is read:
     read_items      deny "no", finding effusion, comma, start "mild", finding scar, preposition
                     "in", filler "the", side left, level lower
     join_places     the last two are one Place(left, lower)
@@ -13,12 +12,13 @@ The second one step by step:
     share_places    effusion has no part in it: what is denied is denied everywhere
     landmarks       (effusion, pleural_unspec, 0), its home; (scar, left_lower_lung, 1)
 
-Words are rows of tables: vocabulary_words.csv (deny, doubt: said of the findings that follow;
-denied, doubted: of those before; start: opens a statement after a comma; split: ends a clause),
-_findings (where a finding is if no place is stated), _implied (what it also says), _sections.
+The words are rows of vocabulary_words.csv. Their kinds: deny and doubt act on the findings that
+follow, denied and doubted on those before; start opens a statement after a comma; split ends a
+clause. _findings.csv has the place of a finding where none is stated, _implied.csv what a finding
+also says, _sections.csv the headers.
 
-Differs from the paper, which takes RadGraph's triplets: a bilateral finding is at both sides, too,
-not at the joint landmark (lung_bases) alone; else left_pleural would count as not mentioned.
+Differs from the paper, which takes RadGraph's triplets: a bilateral finding is at both sides and at
+the joint landmark (lung_bases), not at that alone; else left_pleural would count as not mentioned.
 """
 import ast
 import collections
@@ -56,7 +56,7 @@ def sections(report):
     """
     parts = [part for part in re.split(r"\n[ \t]*_{5,}[ \t]*\n", report) if part.strip()]
     body = parts[-1] if parts else ""  # addenda stand on top, above a line
-    # some publish a report on one line
+    # in some data sets a report is one line
     body = re.sub(r"\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)[ \t]*:", r"\n\1:", body)
     blocks = [["", ""]]  # name, text
     for line in body.split("\n"):
@@ -78,10 +78,10 @@ def sentences(report):
     """The sentences of findings and impression, else of the last paragraph, as a list."""
     read = ("findings", "impression", "last_paragraph")
     text = "\n\n".join(text for name, text in sections(report).items() if name in read)
-    # MIMIC wraps its lines, so only a blank line ends a sentence; "2) Effusion" is numbered
+    # MIMIC wraps its lines, so a line may end within a sentence, but a blank line ends one
     found = re.split(r"\n\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
     return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
-            if re.search(r"[A-Za-z]{3}", sentence)]
+            if re.search(r"[A-Za-z]{3}", sentence)]  # "2) No edema." without its number
 
 
 # -------------------------------------------------------------------------------- words and places
@@ -112,8 +112,8 @@ class Item:
 
 def read_items(text):
     """The Items of a clause: the longest phrases that the table knows, and other words."""
-    words = re.findall(r"(?<![a-z0-9])[a-z]+|[,:()/]", text.lower())
-    words, items = [stem(word, WORDS) for word in words], []
+    found = re.findall(r"(?<![a-z0-9])[a-z]+|[,:()/]", text.lower())
+    words, items = [stem(word, WORDS) for word in found], []
     while words:
         for length in range(LONGEST, 0, -1):
             phrase = tuple(words[:length])
@@ -153,7 +153,7 @@ def kinds(items, start, end):
 # ------------------------------------------------------------------- from a clause to its triplets
 
 # "likely" and "may represent" are both doubt: who is sure says neither. "probable" is present, as
-# for those who index Open-i: macro F1 there 0.928; with "probable" as doubt 0.916.
+# for those who index Open-i: macro F1 there 0.929; with "probable" as doubt 0.916.
 MEANING = {"deny": 0, "doubt": -1, "denied": 0, "doubted": -1}
 
 
@@ -184,7 +184,7 @@ def read_existence(items):
 
 def find_places(items, positions):
     """Give every place of a clause to the finding before it or to the one after it."""
-    last = -1  # the finding or place before an item
+    last = -1  # number of the finding or place before an item
     for i, item in enumerate(items):
         if item.kind == "place" and positions:
             before = [p for p in positions if p < i]
@@ -290,8 +290,7 @@ def rules_key(folder=Path(__file__).parent):
 def sides(names):
     """The sides that index terms or landmarks name; the joint landmarks are on both."""
     text = " ".join(names).replace("lingula", "left")
-    if re.search("bilateral|lung_bases|lung_apices", text):
-        return {"left", "right"}
+    text = re.sub("bilateral|lung_bases|lung_apices", "left right", text)
     return {side for side in ("left", "right") if side in text}
 
 
@@ -305,8 +304,7 @@ def main(args):
     from sklearn.metrics import classification_report
     from formats.openi import OPENI, reports
     sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
-    indexed, asserted, same_side, errors = [], [], [], collections.Counter()
-    problems = []
+    indexed, asserted, same_side, problems, errors = [], [], [], [], collections.Counter()
     for record in reports(args.root, problems):
         triplets = extract_triplets(record["report"])
         for label, headings in OPENI.items():

@@ -3,16 +3,18 @@
     python text.py --report report.txt
     echo "Small left pleural effusion. No pneumothorax." | python text.py --report -
 
-A report becomes triplets (pathology, anatomy, existence), either by RadGraph's JSON (this file) or
-by rules (reports.py). The triplets of one report become its existence matrix y [n,m]: one row per
-anatomy, one column per pathology, 1 present, 0 denied, -1 not mentioned.
+A report becomes triplets (pathology, anatomy, existence): from RadGraph's JSON (this file) or by
+rules (reports.py). The triplets of one report become its existence matrix y [n,m]: one row per
+anatomy, one column per pathology; 1 present, 0 denied, -1 not mentioned.
 
 Differs from the paper and the released code:
 - The paper takes RadGraph's triplets only; our rules need neither a model nor credentials.
-- The definitions of the pathologies (vocabulary_pathologies.csv) are our own words;
-  `read_pathology_book` takes the published file.
+- The definitions of the pathologies (vocabulary_pathologies.csv) are our own words; the published
+  file can be given instead (--pathology-book).
 - Anatomy prompts say "the left pleural space" where the released ones say "left_pleural"; the
   released wording is used with the released weights.
+- A prompt is cut at the limit of the text encoder; the released code cuts at 128 tokens in
+  training and at 64 in tests.
 """
 import collections
 import csv
@@ -28,14 +30,12 @@ import torch
 
 from cli import InputError, Parser, run
 
-CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"
+CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"  # E_T of the paper [30], T = 768
 
-# existence: 1 present, 0 denied, -1 in doubt. `sentence` is where it was read.
-Triplet = collections.namedtuple(
-    "Triplet", "pathology anatomy existence sentence", defaults=("",))
+# existence: 1 present, 0 denied, -1 in doubt. sentence: where it was read, if the rules read it.
+Triplet = collections.namedtuple("Triplet", "pathology anatomy existence sentence", defaults=[""])
 
 # ------------------------------------------------------------------------------------- vocabulary
-
 
 def vocabulary_rows(name):
     """The rows of vocabulary_<name>.csv as dicts. These tables are meant to be edited."""
@@ -44,76 +44,63 @@ def vocabulary_rows(name):
         return list(csv.DictReader(file))
 
 
-# The published 75 pathologies and 51 anatomies, in the published order: column j of every
-# published matrix is PATHOLOGIES[j], row i is ANATOMIES[i].
+# In the published order: column j of every published matrix is PATHOLOGIES[j], row i is
+# ANATOMIES[i]. The last two pathologies are buckets of what has no name of its own: rare findings
+# (tail_abnorm_obs), and words of change and size that name no disease (excluded_obs).
 DEFINITIONS = {row["pathology"]: row["definition"] for row in vocabulary_rows("pathologies")}
 PLACES = {row["anatomy"]: row["place"] for row in vocabulary_rows("anatomies")}
-PATHOLOGIES = list(DEFINITIONS)
-ANATOMIES = list(PLACES)
-# of labels of data sets that the vocabulary lacks, or has only in a bucket of rare findings
+PATHOLOGIES = list(DEFINITIONS)  # m = 75
+ANATOMIES = list(PLACES)         # n = 51, as released; Table II says 50
+# Of labels of data sets that the vocabulary lacks, or has only in the bucket of rare findings
 LABEL_DEFINITIONS = {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
-
-# Two buckets of the vocabulary take what has no name of its own: rare findings
-# (tail_abnorm_obs), and words of change and size that name no disease (excluded_obs).
 CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
+KNOWN = {*PATHOLOGIES, *CONCEPT_OF}
+# Each cell of the landmark table as a set: "base or lower" -> {"base", "lower"}
+LANDMARKS = [{column: set(cell.split(" or ")) - {""} for column, cell in row.items()}
+             for row in vocabulary_rows("landmarks")]
+ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""), ("d", ""),
+           ("ing", ""), ("ing", "e"), ("ring", ""), ("red", "")]  # of a word -> of its stem
 
 
 def swap_sides(name):
-    """The name of the same place in a mirrored image: left_pleural <-> right_pleural.
-
-    A name without a side comes back unchanged. middle_right_lobe, right_atrium and right_ventricle
-    have no partner: what comes back is in no query list (see data.can_mirror).
-    """
-    if "left" in name:
+    """The name of the same place in a mirrored image: left_pleural <-> right_pleural. A name
+    without a side stays. middle_right_lobe, right_atrium and right_ventricle have no partner: what
+    comes back is in no query list (see data.can_mirror)."""
+    if "left" in name:  # no name of the vocabulary has both sides
         return name.replace("left", "right")
     return name.replace("right", "left")
 
 
-# Rows of the landmark table with sets for cells: "base or lower" -> {"base", "lower"}
-LANDMARKS = [{column: set(cell.split(" or ")) - {""} for column, cell in row.items()}
-             for row in vocabulary_rows("landmarks")]
-
-
-@functools.lru_cache(2 ** 14)
+@functools.lru_cache(2 ** 14)  # up to 40 us a call, and reports repeat the same few places
 def landmark(anatomy):
     """The landmark of an anatomy in RadGraph's form: head word, then its modifiers, joined by |.
 
     "lobe|left|lower" -> lower_left_lobe. The rows of vocabulary_landmarks.csv are tried in order
-    and the first that fits wins, as in the published table. What fits none is "other", but
-    "unspecified" stays.
+    and the first that fits wins, as in the published table.
     """
     words = set(anatomy.split("|"))
     for row in LANDMARKS:
         needed = [row[key] for key in ("one_of", "and_one_of", "and_one_of_too") if row[key]]
         fits = not words & row["none_of"] and all(words & choice for choice in needed)
-        if fits or anatomy in row["or_exactly"]:
-            return next(iter(row["landmark"]))
-    return "unspecified" if anatomy == "unspecified" else "other"
-
-
-ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""), ("d", ""),
-           ("ing", ""), ("ing", "e"), ("ring", ""), ("red", "")]
+        if fits or anatomy in row["or_exactly"]:  # the order of the modifiers counts, as published
+            return next(iter(row["landmark"]))    # the only member of its set
+    return "unspecified" if anatomy == "unspecified" else "other"  # the last two of ANATOMIES
 
 
 def stem(word, known):
     """The word without its ending, if that is in `known`: opacities -> opacity."""
     for ending, replacement in ENDINGS:
-        if word.endswith(ending):
-            shorter = word[:len(word) - len(ending)] + replacement
-            if shorter in known:
-                return shorter
+        shorter = word.removesuffix(ending) + replacement
+        if word.endswith(ending) and shorter in known:  # else "pus" would lose its s
+            return shorter
     return word
 
 
-KNOWN = {*PATHOLOGIES, *CONCEPT_OF}
-
-
-@functools.lru_cache(2 ** 14)
 def lemma(token):
     """Concept of one observation word: "opacities" -> opacity, "enlargement" -> enlarge.
 
     The published step took spaCy's lemmas, which change with its version. Here an ending comes
-    off when a known word remains. Words of change and size become excluded_obs in `bucket`.
+    off when a known word remains. Words of change and size stay: `bucket` sorts them out.
     """
     token = stem(token.lower(), KNOWN)
     concept = CONCEPT_OF.get(token, token)
@@ -133,7 +120,7 @@ RADGRAPH_LABELS = {  # of RadGraph 1.0 and RadGraph-XL; entities with other labe
     "ANAT-DP": "anatomy", "OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1,
     "Anatomy::definitely present": "anatomy", "Observation::definitely present": 1,
     "Observation::definitely absent": 0, "Observation::uncertain": -1}
-# One entity of a report; kind is "anatomy" or its existence; relations are (name, id of target)
+# kind: "anatomy", or the existence of an observation; relations: (name, id of the target)
 Entity = collections.namedtuple("Entity", "kind words sentence relations")
 
 
@@ -149,13 +136,14 @@ def sentence_numbers(words):
 
 
 def read_entities(graph):
-    """{id: Entity} of one report, in the order of their ids (with two annotators: the first)."""
+    """{id: Entity} of one report, in the order of their ids."""
+    # RadGraph's test reports have two annotators; the first is taken
     raw = graph["entities"] if "entities" in graph else graph["labeler_1"]["entities"]
     numbers = sentence_numbers(graph["text"].split())
-    kinds = {key: RADGRAPH_LABELS.get(entity["label"].replace("::measurement", ""))
+    kinds = {key: RADGRAPH_LABELS.get(entity["label"].replace("::measurement", ""))  # only in XL
              for key, entity in raw.items()}
     entities = {}
-    for key in sorted(raw, key=int):
+    for key in sorted(raw, key=int):  # as strings "10" would come before "2"
         words = raw[key]["tokens"].lower()
         # XL's spans hold several words; the landmark table wants them apart, unless the whole span
         # is a landmark ("cavoatrial junction")
@@ -171,16 +159,15 @@ def anatomy_landmarks(entities):
     """{id: [landmarks]} of the anatomies that an observation can point at.
 
     The head of an anatomy has no relations of its own. Its name is its word with those that modify
-    it: lobe <- left, lower gives "lobe|left|lower". The modifiers lead to the same landmark. One
-    step only and within a sentence, as published.
+    it: lobe <- left, lower gives "lobe|left|lower". The modifiers lead to the same landmark.
     """
     found = collections.defaultdict(list)
     anatomies = {key: e for key, e in entities.items() if e.kind == "anatomy"}
     for key, head in anatomies.items():
-        if head.relations:
+        if head.relations:  # itself a modifier
             continue
         modifiers = [k for k, e in anatomies.items() if e.sentence == head.sentence
-                     and key in [target for _, target in e.relations]]
+                     and key in [target for _, target in e.relations]]  # one step, as published
         name = landmark("|".join(anatomies[k].words for k in [key, *modifiers]))
         for k in [key, *modifiers]:
             found[k].append(name)
@@ -192,7 +179,7 @@ def radgraph_triplets(graph, buckets=True):
 
     An observation is placed at the anatomies of its own sentence that it is located_at; without
     any relation it is `unspecified`; with other relations only it is dropped, as published.
-    Without buckets rare concepts keep their word, and words of change and size are left out.
+    Without buckets a rare concept keeps its word, and words of change and size are left out.
     """
     entities = read_entities(graph)
     landmarks, triplets = anatomy_landmarks(entities), []
@@ -200,8 +187,8 @@ def radgraph_triplets(graph, buckets=True):
         concept = lemma(entity.words.replace("|", " "))
         if entity.kind == "anatomy" or (not buckets and bucket(concept) == "excluded_obs"):
             continue
-        names = [] if entity.relations else ["unspecified"]
-        for relation, target in entity.relations:
+        names = [] if entity.relations else ["unspecified"]  # a row of the published matrix
+        for relation, target in entity.relations:  # the others: modify, suggestive_of
             if relation == "located_at" and entities[target].sentence == entity.sentence:
                 names += landmarks[target]
         concept = bucket(concept) if buckets else concept
@@ -212,28 +199,24 @@ def radgraph_triplets(graph, buckets=True):
 def read_radgraph(path, chunk=1 << 22):
     """Yield (key, graph) of a RadGraph file, one report at a time.
 
-    MIMIC-CXR_graphs.json is one object of 220,763 reports and 885 MB; read in pieces of `chunk`
-    characters it is never in memory as a whole. InputError if it is missing, cut off or foreign.
+    MIMIC-CXR_graphs.json is one object of 220,763 reports. Read in pieces of `chunk` characters it
+    is never in memory as a whole. What is no RadGraph file fails, here or in radgraph_triplets;
+    formats/triplets.py tells the user.
     """
     decoder = json.JSONDecoder()
-    opening = re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*')
+    opening = re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*')  # the key of the next report
     text = ""
-    try:
-        with open(path, encoding="utf-8") as file:
-            while piece := file.read(chunk):
-                text += piece
-                position = 0
-                while key := opening.match(text, position):
-                    try:
-                        graph, position = decoder.raw_decode(text, key.end())
-                    except ValueError:  # the piece ends within this report
-                        break
-                    if not isinstance(graph, dict) or not {"entities", "labeler_1"} & graph.keys():
-                        raise InputError(f"{path} is not RadGraph's JSON: {key[1]} has no entities")
-                    yield json.loads(key[1]), graph
-                text = text[position:]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read the RadGraph file {path}: {error}") from None
+    with open(path, encoding="utf-8") as file:
+        while piece := file.read(chunk):
+            text += piece
+            position = 0
+            while key := opening.match(text, position):
+                try:
+                    graph, position = decoder.raw_decode(text, key.end())
+                except ValueError:  # the piece ends within this report
+                    break
+                yield json.loads(key[1]), graph
+            text = text[position:]  # only the report that is not whole yet is kept
     if text.strip() not in ("}", "{}"):
         raise InputError(f"{path} is not RadGraph's JSON, or is cut off near {text[:40]!r}")
 
@@ -250,26 +233,23 @@ def existence_matrix(triplets, pathologies, anatomies, blank=-1):
     column = {name: j for j, name in enumerate(pathologies)}
     row = {name: i for i, name in enumerate(anatomies)}
     rare, elsewhere = column.get("tail_abnorm_obs"), row.get("other")
-    matrix = np.full((len(anatomies), len(pathologies)), blank, np.int8)        # [n,m]
-    for pathology, anatomy, existence, *_ in triplets:
-        i, j = row.get(anatomy, elsewhere), column.get(pathology, rare)
-        if existence >= 0 and i is not None and j is not None:
-            matrix[i, j] = max(matrix[i, j], existence)
+    matrix = np.full((len(anatomies), len(pathologies)), blank, np.int8)        # [n,m] y^{a,p}
+    for t in triplets:
+        i, j = row.get(t.anatomy, elsewhere), column.get(t.pathology, rare)
+        if t.existence >= 0 and i is not None and j is not None:
+            matrix[i, j] = max(matrix[i, j], t.existence)  # 1 outranks 0
     return matrix
 
 
 def top_queries(triplets, m, n):
-    """The m pathologies and n anatomies with most definite mentions (present or denied), as lists.
-
-    Ties go to the name that comes first in the alphabet, so the order of reports does not matter.
-    """
+    """The m pathologies and n anatomies with most definite mentions, as lists (Sec. II-A)."""
     pathologies, anatomies = collections.Counter(), collections.Counter()
-    for pathology, anatomy, existence, *_ in triplets:
-        if existence >= 0:
-            pathologies[pathology] += 1
-            anatomies[anatomy] += 1
+    for t in triplets:
+        if t.existence >= 0:  # present or denied
+            pathologies[t.pathology] += 1
+            anatomies[t.anatomy] += 1
 
-    def most(counts, k):
+    def most(counts, k):  # ties by the alphabet, so that the order of reports does not matter
         return sorted(counts, key=lambda name: (-counts[name], name))[:k]
     return most(pathologies, m), most(anatomies, n)
 
@@ -277,57 +257,53 @@ def top_queries(triplets, m, n):
 # ------------------------------------------------------------------------------ prompts and vectors
 
 def read_pathology_book(path):
-    """The published `observation explanation.json` as {name: sentence} over PATHOLOGIES.
-
-    Read by position, because key 20 of every published copy is a typing error for pneumonia.
-    """
+    """The published `observation explanation.json` as {name: sentence} over PATHOLOGIES."""
     try:
-        with open(path, encoding="utf-8") as file:
-            sentences = list(json.load(file).values())
+        sentences = list(json.loads(Path(path).read_text("utf-8")).values())
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is not a readable prompt book ({error})") from None
-    if len(sentences) != len(PATHOLOGIES) or not all(isinstance(s, str) for s in sentences):
+    if len(sentences) != len(PATHOLOGIES):
         raise InputError(f"{path} is not the published prompt book: it should be a JSON object of "
                          f"{len(PATHOLOGIES)} name: sentence pairs, and has {len(sentences)}")
-    return dict(zip(PATHOLOGIES, sentences))
+    return dict(zip(PATHOLOGIES, sentences))  # by position: its key 20 is "eumonia"
 
 
 def pathology_prompts(names, book=None):
-    """One sentence per name from `book` (default: our definitions), else from a template."""
-    book = DEFINITIONS if book is None else book
+    """One sentence per name: our definition, or that of `book`, a file; else by a template."""
+    definitions = read_pathology_book(book) if book else DEFINITIONS
     prompts = []
     for name in names:
-        if name not in book:
+        if name not in definitions:
             warnings.warn(f"{name} has no definition; a template is used")
-        prompts.append(book.get(
-            name, f"{name.replace('_', ' ').capitalize()} is seen on the radiograph."))
+        template = f"{name.replace('_', ' ').capitalize()} is seen on the radiograph."
+        prompts.append(definitions.get(name, template))
     return prompts
 
 
 def anatomy_prompts(names, published=False):
     """One sentence per place. published=True is the released wording, for the released weights."""
     if published:
-        return [f"It is located at {name}. " for name in names]
+        return [f"It is located at {name}. " for name in names]  # the space at the end is released
     return [f"It is located at the {PLACES.get(name, name.replace('_', ' '))}." for name in names]
 
 
 def encode_text(prompts, encoder):
-    """float32 [k,T]: one frozen text vector per prompt, E_T of the paper.
+    """float32 [k,T]: one frozen text vector per prompt, by E_T (Sec. II-A).
 
-    encoder: "hashing" (scikit-learn, T = 768; counts words and word pairs, needs no download), or
-    the name or folder of a Hugging Face BERT, whose CLS vector is taken. InputError when the
-    encoder cannot be loaded.
+    encoder: "hashing" (scikit-learn; counts words and word pairs, needs no download), or the name
+    or folder of a Hugging Face BERT, whose CLS vector is taken, as released.
     """
     if encoder == "hashing":
         from sklearn.feature_extraction.text import HashingVectorizer
-        hasher = HashingVectorizer(n_features=768, ngram_range=(1, 2), norm="l2")
+        hasher = HashingVectorizer(n_features=768, ngram_range=(1, 2), norm="l2")  # T of BERT
         return torch.from_numpy(hasher.transform(prompts).toarray()).float()    # [k,768]
     tokenizer, model = load_bert(str(encoder))
-    limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
+    # some tokenizers know no limit of their own and give 1e30
+    limit = min(tokenizer.model_max_length, model.config.max_position_embeddings)
     vectors = []
     for prompt in prompts:  # one at a time: a vector must not depend on its neighbours' padding
         tokens = tokenizer(prompt, truncation=True, max_length=limit, return_tensors="pt")
-        with torch.no_grad():
+        with torch.no_grad():  # E_T is frozen; the learned h_T is model.text_projection
             vectors.append(model(**tokens).last_hidden_state[0, 0].float())     # CLS, [T]
     return torch.stack(vectors)                                                 # [k,T]
 
@@ -357,20 +333,20 @@ def parse_args(argv=None):
 
 
 def main(args):
-    from reports import extract_triplets
+    from reports import extract_triplets  # not above: reports.py imports this file
     path = args.report
     try:
         report = sys.stdin.read() if path == "-" else Path(path).read_text("utf-8", "replace")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    triplets = extract_triplets(report, buckets=False)
+    triplets = extract_triplets(report, buckets=False)  # rare findings are shown by their names
     if not triplets:
         raise InputError(f"{path}: no finding was recognised; findings are read from the sections "
                          "FINDINGS and IMPRESSION, or from plain sentences without any header")
     state = {1: "present", 0: "denied", -1: "in doubt"}
     print(f"{'':9s} {'pathology':18s} {'anatomy':20s} sentence")
-    for pathology, anatomy, existence, sentence in triplets:
-        print(f"{state[existence]:9s} {pathology:18s} {anatomy:20s} {sentence}")
+    for t in triplets:
+        print(f"{state[t.existence]:9s} {t.pathology:18s} {t.anatomy:20s} {t.sentence}")
 
 
 if __name__ == "__main__":

@@ -33,26 +33,26 @@ from text import CLINICAL_BERT
 # ------------------------------------------------------------------------------------------- flags
 
 RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets the released value.
-    "mask":        ("sigmoid", "linear", "sigmoid"),
-    "icl":         ("bare", "dot", "cosine"),
-    "existence":   ("embedding", "embedding", "evidence"),
-    "unmentioned": ("negative", "ignore", "negative"),
-    "flip":        ("naive", "naive", "swap"),          # paper: silent
+    "mask":        ("sigmoid", "linear", "sigmoid"),    # Eq. 1; Sec. II-B.1: M is in 0..1
+    "icl":         ("bare", "dot", "cosine"),           # Eq. 5; the dot starts ICL at about 76
+    "existence":   ("embedding", "embedding", "evidence"),  # Eq. 2; ours: see model.Stream
+    "unmentioned": ("negative", "ignore", "negative"),  # Sec. II-A, end
+    "flip":        ("naive", "naive", "swap"),          # paper: silent; 25 of 51 places have a side
     "proto_from":  ("queried", "dropped", "queried"),   # ProtoCL reads I_q before or after dropout
     "init_std":    (0.02, 0.02, 0.0),                   # paper: silent; 0: by width, see model.py
-    "schedule":    ("smooth", "released", "smooth"),    # see `released_rate`
+    "schedule":    ("smooth", "released", "smooth"),    # Table II: cosine, 5 epochs of warm-up
     "decay":       ("all", "all", "matrices"),          # paper: silent; ours spares biases, norms
-    "clip":        (math.inf, math.inf, 1.0),           # paper: silent
-    "amp":         ("off", "off", "auto"),              # paper: silent
+    "clip":        (math.inf, math.inf, 1.0),           # paper: silent; 1.0 for safety
+    "amp":         ("off", "off", "auto"),              # paper: silent; released: fp32
     "place_words": ("published", "published", "ours"),  # "left_pleural", "the left pleural space"
 }
-PAPER = dict(  # Table II and Sec. III-B; the released augmentation
+PAPER = dict(  # Table II and Sec. III-B; the released augmentation, dropout, layers and heads
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     alpha=1.0, beta=1.0, crop=0.2, augment_ops=2, queries="published", pathologies=75, anatomies=51,
     text_encoder=CLINICAL_BERT, streams="dual", contrast="prototype",
     separate=0.0, accumulate=1, hold_out="", seed=0, out_dir="out", log_every=20, save_every=1000)
-SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a mean over 500 cells, a
+SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a mean over 570 cells, a
     # few of them positive: with beta 1 it is learned too slowly
     epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.6, backbone="small", image_size=64, dim=96,
     layers=2, dropout=0.0, position="sincos", beta=10.0, crop=0.8, augment_ops=0, queries="corpus",
@@ -71,11 +71,11 @@ def parse_args(argv=None):
     add_data_flags(p)
     g = p.add_argument_group("what to learn from")
     g.add_argument("--data", choices=DATASETS, help="a data set that has reports (synthetic)")
-    g.add_argument("--queries", choices=["published", "corpus"], help="corpus: the commonest here")
+    g.add_argument("--queries", choices=["published", "corpus"], help="corpus: most frequent here")
     g.add_argument("--pathologies", type=number(int, 1), metavar="M", help="corpus: at most M")
     g.add_argument("--anatomies", type=number(int, 1), metavar="N", help="corpus: at most N")
-    g.add_argument("--pathology-book", metavar="FILE", help="published prompts in place of ours")
-    g.add_argument("--place-words", choices=["ours", "published"], help="of the anatomy prompts")
+    g.add_argument("--pathology-book", metavar="FILE", help="the published definitions")
+    g.add_argument("--place-words", choices=["ours", "published"], help="of anatomy prompts")
     g.add_argument("--hold-out", metavar="A,B", help="pathologies left out of labels and queries")
     g.add_argument("--text-encoder", metavar="NAME", help="Hugging Face BERT, its folder, hashing")
     g = p.add_argument_group("model")
@@ -128,6 +128,7 @@ def parse_args(argv=None):
 
 def resolve(args, saved):
     """Fills in `args`: flags given, else the resumed run's, else recipe and preset."""
+    # what was left out is None, or False for a flag without a value
     flags = {k: v for k, v in vars(args).items() if v is not None and v is not False}
     for k, v in flags.items():
         if k in saved and k not in FREE and saved[k] != v:
@@ -138,9 +139,9 @@ def resolve(args, saved):
     defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER) | {
         "data": data, "recipe": recipe, **{flag: row[column] for flag, row in RECIPES.items()}}
     if recipe != "ours":
-        defaults |= {"alpha": 1.0, "beta": 1.0}
+        defaults |= {"alpha": 1.0, "beta": 1.0}  # Table II
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
-    vars(args).update(defaults | kept | flags)
+    vars(args).update(defaults | kept | flags)  # the last one counts
     if args.streams == "single":
         args.beta, args.separate = 0.0, 0.0  # they need an anatomy stream
     if args.dim % args.heads:
@@ -154,9 +155,9 @@ def resolve(args, saved):
 # --------------------------------------------------------------------------------- parts of the run
 
 def learning_rate(step, warmup_steps, total_steps, lr, min_lr):
-    """Linear warm-up from min_lr to lr, then a cosine back to min_lr."""
+    """Linear warm-up from min_lr to lr, then a cosine back to min_lr (Table II)."""
     if step < warmup_steps:
-        return min_lr + (lr - min_lr) * step / warmup_steps
+        return min_lr + (lr - min_lr) * step / warmup_steps  # Table II: both ends at 1e-5
     progress = min(1.0, (step - warmup_steps) / max(1.0, total_steps - warmup_steps))
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -173,14 +174,14 @@ def released_rate(step, per_epoch, epochs, lr, min_lr):
 def prepare(args, saved, rank, world):
     """The table and the queries. The first process prepares, the others wait and find it done."""
     if rank > 0:
-        torch.distributed.barrier()
+        torch.distributed.barrier()  # until the first process is through
     table = load_from_args(args, args.image_size)
-    if not table.has_reports:
-        raise InputError(f"{args.data} has no reports to learn from; see --data and --triplets")
-    hidden = set(filter(None, args.hold_out.split(",")))
-    if not hidden <= set(table.names):
+    if not table.has_report[table.rows("train")].any():
+        raise InputError(f"no training image of {table.root} has a report with a usable triplet; "
+                         "see --data and --triplets")
+    table.hidden = set(filter(None, args.hold_out.split(",")))
+    if not table.hidden <= set(table.names):
         raise InputError(f"--hold-out {args.hold_out}: the reports know {', '.join(table.names)}")
-    table.hold_out(hidden)
     queries = saved.get("queries") or build_queries(table, args)
     if world > 1 and rank == 0:
         torch.distributed.barrier()
@@ -189,7 +190,7 @@ def prepare(args, saved, rank, world):
 
 def build_model(queries, table, rows, args):
     """A MeDSLIP at its start. Unless --init-std is given, see `MeDSLIP.start_from`."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # so all processes start from the same weights
     text = torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]])  # [m+n,T]
     model = MeDSLIP(MeDSLIPConfig(
         backbone=args.backbone, image_size=args.image_size, dim=args.dim, layers=args.layers,
@@ -197,22 +198,22 @@ def build_model(queries, table, rows, args):
         position=args.position == "sincos", streams=args.streams, mask=args.mask, icl=args.icl,
         existence=args.existence, proto_from=args.proto_from))
     if args.init_std:
-        model.initialise(args.init_std)
+        model.initialise(args.init_std)  # as released
         return model
     names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
     existence = torch.from_numpy(table.existence(rows[:2000], *names))          # [<=2000,n,m]
     rates = []
     for labels in image_labels(existence):                                      # [.,m], [.,n]
         known = labels.numel() if args.unmentioned == "negative" else int((labels >= 0).sum())
-        rates.append(min(max(int((labels == 1).sum()) / max(known, 1), 0.001), 0.999))
+        rate = int((labels == 1).sum()) / max(known, 1)
+        rates.append(min(max(rate, 0.001), 0.999))  # the start of a bias is the log odds: finite
     model.start_from(text, *rates)
     return model
 
 
 def build_optimizer(parameters, args):
-    fewest = 2 if args.decay == "matrices" else 0  # dimensions of a tensor that decays
-    decays = [p for p in parameters if p.dim() >= fewest]
-    spared = [p for p in parameters if p.dim() < fewest]
+    decays = [p for p in parameters if p.dim() >= 2 or args.decay == "all"]
+    spared = [p for p in parameters if p.dim() < 2 and args.decay != "all"]  # biases and norms
     return torch.optim.AdamW([{"params": decays, "weight_decay": args.weight_decay},
                               {"params": spared, "weight_decay": 0.0}], lr=args.lr, fused=True)
 
@@ -226,10 +227,12 @@ def validate(model, table, queries, args, autocast):
     kinds, scores = [queries["pathology"], queries["anatomy"]], []
     texts = [kind["text"].to(model.text_projection.weight.device) for kind in kinds]
     existence = torch.from_numpy(table.existence(rows, *[kind["names"] for kind in kinds]))
-    labels = image_labels(existence)[0].clamp(min=0 if args.unmentioned == "negative" else -1)
-    model.eval()
-    for chunk in np.split(rows, range(64, len(rows), 64)):
-        images = torch.from_numpy(table.images[chunk]).to(texts[0].device)
+    labels = image_labels(existence)[0]                                         # [N,m]
+    if args.unmentioned == "negative":  # scored by the labels that it learns
+        labels = labels.clamp(min=0)
+    model.eval()  # no dropout; batch norm by its running statistics
+    for chunk in np.split(rows, range(64, len(rows), 64)):  # in parts, to save memory
+        images = torch.from_numpy(table.images[chunk]).to(texts[0].device)      # [b,S,S]
         with autocast:
             out = model(to_input(images, model.config.image_size), *texts)
         scores.append(out.pathology_logits.float().cpu())                       # [b,m]
@@ -249,27 +252,26 @@ def main(args):
     amp, why = pick_amp(args.amp, device)
     args.amp = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(amp, "off")  # --resume keeps it
     autocast = torch.autocast(device.type, amp) if amp else nullcontext()
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == torch.float16)  # bf16 needs none
 
     table, queries = prepare(args, saved, rank, world)
-    pathologies, anatomies = queries["pathology"]["names"], queries["anatomy"]["names"]
+    names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
     pathology_text = queries["pathology"]["text"].to(device)                    # [m,T]
     anatomy_text = queries["anatomy"]["text"].to(device)                        # [n,T]
-    batches = Batches(table, table.rows("train"), args.batch_size, args.seed, pathologies,
-                      anatomies, args.image_size, args.crop, args.augment_ops, args.flip, rank,
-                      world)
-    per_epoch = len(batches)
+    batches = Batches(table, table.rows("train"), args.batch_size, args.seed, *names,
+                      args.image_size, args.crop, args.augment_ops, args.flip, rank, world)
+    per_epoch = len(batches)  # steps
     total = min(args.epochs * per_epoch, args.max_steps or math.inf)
 
     # ---- model and optimizer; raw_model stays bare for saving and evaluation
     raw_model = build_model(queries, table, batches.rows, args).to(
         device, memory_format=torch.channels_last)
-    if args.sync_batchnorm and device.type == "cuda":
+    if args.sync_batchnorm and device.type == "cuda":  # torch has it for GPUs only
         raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
-    model = torch.compile(raw_model) if args.compile else raw_model
+    model = torch.compile(raw_model) if args.compile else raw_model  # shares the weights
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(
-            model, [device.index] if device.type == "cuda" else None)
+            model, [device.index] if device.type == "cuda" else None)  # None: on CPUs
     parameters = list(raw_model.parameters())
     optimizer = build_optimizer(parameters, args)
     step, best = saved.get("step", 0), saved.get("best", {"auroc": 0.0, "epoch": 0.0})
@@ -277,16 +279,15 @@ def main(args):
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-    start = step
     if rank == 0:
         log = open_log(out_dir / "log.jsonl", step)
         print("  ".join(f"{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
-        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {len(pathologies)} "
-              f"pathologies, {len(anatomies)} anatomies; {len(batches.rows)} images in "
+        print(f"{sum(p.numel() for p in parameters) / 1e6:.2f} M parameters; {len(names[0])} "
+              f"pathologies, {len(names[1])} anatomies; {len(batches.rows)} images in "
               f"{per_epoch} steps per epoch; batch {args.batch_size} = {world} processes x "
               f"{args.accumulate} parts; {device}, {amp or torch.float32} ({why})")
 
-    def write_log(**numbers):  # JSON knows no NaN
+    def write_log(**numbers):  # JSON knows no NaN, which a norm can be in fp16
         log.write(json.dumps({k: v for k, v in numbers.items() if math.isfinite(v)}) + "\n")
 
     def stop_at(what):
@@ -300,7 +301,8 @@ def main(args):
             torch.save({"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
                         "scaler": scaler.state_dict(), "config": vars(raw_model.config),
                         "args": vars(args), "epoch": step // per_epoch, "step": step,
-                        "best": best, "queries": queries, "rng": torch.get_rng_state()}, draft)
+                        "best": best, "queries": queries,  # so inference needs no text encoder
+                        "rng": torch.get_rng_state()}, draft)  # a record: each step seeds itself
 
     # ---- loop; SIGTERM and SIGINT end it after the step in flight
     stop = []
@@ -313,29 +315,11 @@ def main(args):
         pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
         multiprocessing_context="fork" if fork else None))
     bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
-    while True:  # total + 1 rounds: the last one only validates and saves
-        done = step >= total
-        last = done or bool(stop)
-        if world > 1:
-            flag = torch.tensor(float(last))
-            torch.distributed.all_reduce(flag)
-            last = flag.item() > 0
-        epoch_done = step > start and step % per_epoch == 0
-        if rank == 0 and (epoch_done or (done and step > start)):
-            auroc = validate(raw_model, table, queries, args, autocast)
-            write_log(step=step, epoch=step / per_epoch, validation_auroc=auroc)
-            tqdm.write(f"epoch {step / per_epoch:.2f}: validation existence AUROC {auroc:.4f}")
-            if auroc > best["auroc"]:
-                best = {"auroc": auroc, "epoch": step / per_epoch}
-                save("best.pt")
-        if rank == 0 and (last or epoch_done or (step > start and step % args.save_every == 0)):
-            save("ckpt.pt")
-        if last:
-            break
-
+    last = step >= total  # a finished run that is resumed has nothing to do
+    while not last:
         batch = next(loader)
         images = normalise(batch["images"].to(device, non_blocking=True))       # [b,3,H,W]
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)  # as the model's weights
         existence = batch["existence"].to(device, non_blocking=True)            # [b,n,m]
         if args.schedule == "smooth":
             rate = learning_rate(step, args.warmup_epochs * per_epoch, args.epochs * per_epoch,
@@ -345,9 +329,8 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = rate
         model.train()
-        losses = 0
-        for k in range(args.accumulate):
-            x, y = images.chunk(args.accumulate)[k], existence.chunk(args.accumulate)[k]
+        losses, parts = 0, zip(images.chunk(args.accumulate), existence.chunk(args.accumulate))
+        for k, (x, y) in enumerate(parts):
             part = rank * args.accumulate + k  # seeds dropout and the negatives of ProtoCL
             torch.manual_seed(((args.seed * 1_000_003 + step) * 4096 + part) % 2**63)
             exchange = world == 1 or k == args.accumulate - 1  # of gradients, once per step
@@ -357,32 +340,45 @@ def main(args):
                     swapped = raw_model.swap(out) if args.separate else None    # [b,n,m]
                 terms = medslip_loss(out, y, pathology_text, anatomy_text, args.alpha, args.beta,
                                      args.contrast, args.unmentioned, swapped, args.separate)
-                scaler.scale(terms["loss"] / args.accumulate).backward()
+                scaler.scale(terms["loss"] / args.accumulate).backward()        # Eq. 7
             losses = losses + torch.stack([v.detach() for v in terms.values()]) / args.accumulate
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # first, so that --clip means the true norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        scaler.step(optimizer)
+        scaler.step(optimizer)  # leaves a step out whose fp16 gradients overflowed
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         step += 1
         bar.update()
 
         if step % args.log_every == 0 or step == total:  # reading a number off the GPU waits for it
             if world > 1:
                 torch.distributed.all_reduce(losses)
-            loss, exist, proto, icl = (losses / world).tolist()
-            if not math.isfinite(loss):
+            numbers = dict(zip(terms, (losses / world).tolist()))  # loss, existence, protocl, icl
+            if not math.isfinite(numbers["loss"]):
                 stop_at("the loss is")
             if rank == 0:
-                write_log(step=step, epoch=step / per_epoch, lr=rate,
-                          loss=loss, existence=exist, protocl=proto, icl=icl,
+                write_log(step=step, epoch=step / per_epoch, lr=rate, **numbers,
                           grad_norm=norm.item())
-                bar.set_postfix_str(f"loss {loss:.3f}: existence {exist:.3f}, ProtoCL {proto:.3f}, "
-                                    f"ICL {icl:.4f}")
+                bar.set_postfix(numbers)
+        last = step == total or bool(stop)
+        if world > 1:  # a signal may reach one process alone; all stop at the same step
+            flag = torch.tensor(float(last))
+            torch.distributed.all_reduce(flag)
+            last = flag.item() > 0
+        epoch_done = step % per_epoch == 0
+        if rank == 0 and (epoch_done or step == total):
+            auroc = validate(raw_model, table, queries, args, autocast)
+            write_log(step=step, epoch=step / per_epoch, validation_auroc=auroc)
+            tqdm.write(f"epoch {step / per_epoch:.2f}: validation existence AUROC {auroc:.4f}")
+            if auroc > best["auroc"]:
+                best = {"auroc": auroc, "epoch": step / per_epoch}
+                save("best.pt")
+        if rank == 0 and (last or epoch_done or step % args.save_every == 0):
+            save("ckpt.pt")
     bar.close()
     if rank == 0:
-        print(f"{'done' if done else 'stopped'} at step {step}: {out_dir}/ckpt.pt; the best "
-              f"validation AUROC, {best['auroc']:.4f}, is that of {out_dir}/best.pt")
+        print(f"{'done' if step >= total else 'stopped'} at step {step}: {out_dir}/ckpt.pt; best "
+              f"validation AUROC {best['auroc']:.4f}")  # 0: none yet, and no best.pt
     if world > 1:
         torch.distributed.destroy_process_group()
 

@@ -212,7 +212,7 @@ def test_a_preparation_that_was_killed_goes_on(copy, monkeypatch):
 def test_two_first_runs_side_by_side(tmp_path):
     """Both draw the synthetic set and prepare it; neither spoils the other's work."""
     code = ("import data, phantom; data.draw_synthetic.__defaults__ = (60,); "
-            f"print(len(data.load('synthetic', {str(tmp_path / 'new')!r}).rows()))")
+            f"print(len(data.load('synthetic', {str(tmp_path / 'new')!r}, 64).rows()))")
     runs = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True) for _ in range(2)]
     results = [run.communicate() for run in runs]

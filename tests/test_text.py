@@ -10,6 +10,7 @@ import pytest
 
 import text
 from cli import InputError
+from formats.triplets import triplet_source
 from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix, radgraph_triplets
 
 LANDMARKS = {  # what the published table makes of these words
@@ -89,7 +90,7 @@ def test_a_radgraph_file_is_read_in_pieces(tmp_path):
     for broken in (whole[:-30], "<!DOCTYPE html>", "[1, 2]", "", '{"a": 1}', '{"a": {"text": ""}}'):
         path.write_text(broken)
         with pytest.raises(InputError, match="graphs.json"):
-            list(text.read_radgraph(path))
+            triplet_source(str(path), tmp_path)
 
 
 def test_matrix_and_queries():
@@ -107,11 +108,10 @@ def test_prompts(tmp_path):
         assert "Covid" in text.pathology_prompts(["covid"])[0]
     path = tmp_path / "book.json"  # its names are not used: the published one has "eumonia"
     path.write_text(json.dumps({f"{i}": f"It is {name}." for i, name in enumerate(PATHOLOGIES)}))
-    book = text.read_pathology_book(path)
-    assert text.pathology_prompts(["pneumonia"], book) == ["It is pneumonia."]
+    assert text.pathology_prompts(["pneumonia"], path) == ["It is pneumonia."]
     path.write_text(json.dumps({"edema": "It is edema."}))
     with pytest.raises(InputError):
-        text.read_pathology_book(path)
+        text.pathology_prompts(["edema"], path)
 
 
 def test_vectors():
