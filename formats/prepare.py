@@ -22,35 +22,26 @@ from formats.triplets import triplet_source
 TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
 
 
-def apply(function, items):
-    return [function(item) for item in items]
-
-
 def in_workers(function, items, workers, title):
     """Yields function(item) of every item, in order, computed by `workers` processes."""
     few = len(items) < 256  # starting processes would take longer
-    loader = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
-                        collate_fn=functools.partial(apply, function))
+    # without batches DataLoader has its workers collate, that is convert, item by item
+    loader = DataLoader(items, batch_size=None, collate_fn=function,
+                        num_workers=0 if few else workers)
     try:
-        for results in tqdm(loader, title, unit=" images", unit_scale=32, disable=few or None):
-            yield from results
+        yield from tqdm(loader, title, unit=" images", disable=few or None)
     except RuntimeError as error:
         raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); what was finished "
                          "is kept: run again with fewer --workers") from None
 
 
-class Decode:
-    """Item -> (pixels uint8 [S,S], ""), or (None, why not)."""
-
-    def __init__(self, root, size, equalize):
-        self.root, self.size, self.equalize = root, size, equalize
-
-    def __call__(self, item):
-        path = os.path.join(self.root, item.path)
-        try:
-            return read_image(path, self.size, self.equalize), ""
-        except Exception:  # whatever a decoder makes of a damaged file: it must not end the run
-            return None, trouble(path)
+def decode(root, size, equalize, item):
+    """(pixels uint8 [S,S], ""), or (None, why not)."""
+    path = os.path.join(root, item.path)
+    try:
+        return read_image(path, size, equalize), ""
+    except Exception:  # whatever a decoder makes of a damaged file: it must not end the run
+        return None, trouble(path)
 
 
 def prepare_images(root, items, folder, size, workers, again=False, equalize=False):
@@ -74,8 +65,8 @@ def prepare_images(root, items, folder, size, workers, again=False, equalize=Fal
     state = np.load(folder / "state.npy", mmap_mode="r+")
     # written through a file, not through the map, where a full disk would kill the process
     with open(folder / "images.npy", "r+b", buffering=0) as file:
-        decode, chosen = Decode(root, size, equalize), [items[i] for i in rows]
-        decoded = in_workers(decode, chosen, workers, "images")
+        pixels_of = functools.partial(decode, root, size, equalize)
+        decoded = in_workers(pixels_of, [items[i] for i in rows], workers, "images")
         for row, (pixels, reason) in zip(rows.tolist(), decoded):
             if pixels is None:
                 state[row], reasons[row] = UNUSABLE, reason
