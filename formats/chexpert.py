@@ -2,7 +2,7 @@
 
     CheXpert-v1.0-small/  train.csv valid.csv        Path,Sex,Age,Frontal/Lateral,AP/PA, 14 labels
     (or CheXpert-v1.0/)   train/patient00001/study1/view1_frontal.jpg  view2_lateral.jpg  valid/...
-    put beside these:     test_labels.csv  test/...  Path, 14 labels
+    put into the same:    test_labels.csv  test/...  Path, 14 labels
 
 In train a labeller read the reports: 1.0 present, 0.0 absent, -1.0 uncertain, blank not mentioned;
 radiologists read valid and test. Without test_labels.csv valid is the test set, and the loader

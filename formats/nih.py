@@ -1,11 +1,11 @@
 """NIH ChestX-ray14, the twelve archives unpacked into one folder or each into its own.
 
     images/00000001_000.png                 patient, follow-up; or images_001/images/ (Kaggle)
-    Data_Entry_2017_v2020.csv               Image Index,Finding Labels,Follow-up #,Patient ID,...
+    Data_Entry_2017_v2020.csv               Image Index,Finding Labels (joined by |),Patient ID,...
     BBox_List_2017.csv                      984 boxes on 880 test images, 1024 pixels a side
     train_val_list.txt  test_list.txt       the official split, a file name per line
 
-Labels are joined by |. Traps: the header "Bbox [x,y,w,h]" is four columns; the box file says Infiltrate for Infiltration;
+Traps: the header "Bbox [x,y,w,h]" is four columns; the box file says Infiltrate for Infiltration;
 a few hundred images are RGBA. The loader takes validate from the train_val_list, by patient.
 """
 import collections

@@ -22,14 +22,18 @@ from formats.triplets import triplet_source
 TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
 
 
+def apply(function, items):
+    return [function(item) for item in items]
+
+
 def in_workers(function, items, workers, title):
     """Yields function(item) of every item, in order, computed by `workers` processes."""
     few = len(items) < 256  # starting processes would take longer
-    # without batches DataLoader has its workers collate, that is convert, item by item
-    loader = DataLoader(items, batch_size=None, collate_fn=function,
-                        num_workers=0 if few else workers)
+    loader = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
+                        collate_fn=functools.partial(apply, function))
     try:
-        yield from tqdm(loader, title, unit=" images", disable=few or None)
+        for results in tqdm(loader, title, unit=" images", unit_scale=32, disable=few or None):
+            yield from results
     except RuntimeError as error:
         raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); what was finished "
                          "is kept: run again with fewer --workers") from None

@@ -8,8 +8,7 @@
 
 An RLE is pairs: the gap since the last run, the length of this run; it goes down the columns of a
 1024 x 1024 image. Several masks of an image are OR-ed. Only the re-pack has a split, which also
-holds for Kaggle's files beside it; patients are unknown. Trap: stage 1 has spaces before the second
-column's name and cells.
+holds for Kaggle's files beside it; patients are unknown.
 """
 import collections
 from pathlib import Path

@@ -126,7 +126,8 @@ def test_mimic_label_files_views_and_bad_rows(tmp_path):
 
 def test_nih_in_twelve_folders(tmp_path):
     fill(tmp_path, {
-        "Data_Entry_2017_v2020.csv": "Image Index,Finding Labels,Patient ID,Original[Width,Height],\n"
+        "Data_Entry_2017_v2020.csv":
+        "Image Index,Finding Labels,Patient ID,Original[Width,Height],\n"
         "1_000.png,Mass|Pleural_Thickening,1,9,9\n2_000.png,No Finding,2,9,9\n"
         "3_000.png,Massive,3,9,9\n",  # the header has a name more than a row has cells
         "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,\n"
