@@ -52,12 +52,7 @@ class Film:
     report: str = None       # JPEG or DICOM; a path of the report,
     bits: str = None         # of a PNG whose bit k is the mask of finding k,
     lungs: str = None        # of a PNG of the lungs' mask
-    among: list = None       # pathologies to choose from; None: all but COVID-19
     sure: tuple = (None, 0)  # a pathology that comes first, at this rate
-    mode: str = "L"          # of Pillow
-    shape: tuple = None      # (height, width) if it is not square
-    person: str = ""
-    uids: list = None
     keep_masks: bool = False
     findings: list = field(default_factory=list)    # the last are set by draw()
     mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
@@ -83,7 +78,6 @@ def plan(count, seed, size, places, world):
 # Findings that would hide each other share a spot, and a film has one finding per spot at most.
 LEVEL = {"pleural": "lower", "diaphragm": "lower", "lower_lung": "lower", "apical_lung": "upper",
          "upper_lung": "upper", "mid_lung": "mid", "hilar": "mid"}
-SPOTS = {"edema": {"left mid", "right mid"}, "covid-19": {"left lower", "right lower"}}
 MOST = 8        # findings in a film: their masks are the bits of a byte
 SEVERAL = 1.25  # makes up for pathologies with one place, and for spots that are taken
 
@@ -92,15 +86,16 @@ def spots(pathology, anatomy):
     side, _, place = anatomy.partition("_")
     if pathology == "tube":  # it hides nothing
         return {f"tube {anatomy}"}
-    return SPOTS.get(pathology, {f"{side} {LEVEL.get(place, place)}"})
+    if pathology == "edema":
+        return {"left mid", "right mid"}
+    return {f"{side} {LEVEL.get(place, place)}"}
 
 
 def choose_findings(film):
     """[(pathology, anatomy)]: up to three pathologies, each at one to four places."""
     rng, findings, taken = stream(film.seed, "findings"), [], set()
-    names = film.among or list(LOOKS)
-    weights = [LOOKS[name][0] for name in names]
-    pathologies = rng.choices(names, weights, k=rng.choices((0, 1, 2, 3), (24, 33, 27, 16))[0])
+    count = rng.choices((0, 1, 2, 3), (24, 33, 27, 16))[0]
+    pathologies = rng.choices(list(LOOKS), [often for often, _, _ in LOOKS.values()], k=count)
     first, rate = film.sure
     if rng.random() < rate:
         pathologies.insert(0, first)
@@ -190,8 +185,8 @@ def report_findings(rng, film, drawn):
 
 def deny(rng, film, drawn):
     """Sentences that deny 30 % of what is absent, one to three pathologies each."""
-    absent = [name for name in LOOKS if name not in drawn and name != "covid-19"]
-    if drawn.keys() & {*PATCHES, "covid-19"}:  # "no focal opacity" would deny a consolidation
+    absent = [name for name in LOOKS if name not in drawn]
+    if drawn.keys() & PATCHES.keys():  # "no focal opacity" would deny a consolidation
         absent = [name for name in absent if name not in PATCHES]
     denied, said = [name for name in absent if rng.random() < 0.3], []
     film.mentions |= dict.fromkeys(denied, 0)
@@ -263,10 +258,7 @@ def make_and_save(film):
     for path in (film.image, film.bits, film.lungs):
         if path:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-    image = Image.fromarray(image).convert(film.mode)
-    if film.shape:
-        height, width = film.shape
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = Image.fromarray(image)
     if film.image.endswith(".dcm"):
         save_dicom(film, image)
     else:

@@ -43,14 +43,14 @@ class Item(NamedTuple):
     id: str
     path: str
     patient: str
-    split: str            # train, validate, test, or "" where the publisher gives none
+    split: str            # train, validate, test; "" where the publisher does not say
     labels: tuple         # 1, 0, -1, BLANK or UNKNOWN, one per label name
     report: str = ""      # path of a report
     note: str = ""        # or its text
     boxes: tuple = ()     # of (label, x, y, width, height)
     masks: tuple = None   # of Mask; () if somebody looked and drew nothing, None if nobody looked
     truth: tuple = ()     # of (pathology, anatomy) as drawn by phantom.py
-    absent: tuple = None  # labels looked for and not there; None: every label without a mask
+    absent: tuple = None  # labels that are not there unless a mask shows them; None: all labels
 
 
 @contextlib.contextmanager
@@ -97,12 +97,12 @@ def paths_by_stem(root):
     return found
 
 
-def box(label, sides, width, height):
-    """(label, x, y, width, height) in fractions of a frame. ValueError if `sides` are no box."""
-    x, y, w, h = map(float, sides)
-    if not (x >= 0 and y >= 0 and w > 0 and h > 0):  # or one is nan
+def box(label, sides, size=1024):
+    """(label, x, y, width, height) in fractions of the image from pixels. ValueError if no box."""
+    x, y, width, height = map(float, sides)
+    if not (x >= 0 and y >= 0 and width > 0 and height > 0):  # or one is nan
         raise ValueError(f"no box: {sides}")
-    return label, x / float(width), y / float(height), w / float(width), h / float(height)
+    return label, x / size, y / size, width / size, height / size
 
 
 def write_text(path, text):

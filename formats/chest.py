@@ -3,7 +3,7 @@
     image, masks, lungs = draw_film(7, [("nodule", "left_mid_lung")])    # 64 x 64 pixels
     image, masks, lungs = draw_film(7, [("mass", "left_mid_lung")])      # the same but for that
 
-Nothing here is meant to teach radiology: the looks are cartoons of thirteen findings and COVID-19.
+Nothing here is meant to teach radiology: the looks are cartoons of thirteen findings.
 A finding is a (pathology, anatomy). Each part of a film (pose, vessels, each finding at each place,
 hardware, exposure) has random numbers of its own, so to take a finding away, to move it or to
 exchange its pathology changes nothing else. The mask of a finding is its evidence: the pixels in
@@ -192,18 +192,13 @@ def draw_lesion(c, pathology, anatomy, rng):
     return in_lung(c, side, shape * (1 - straight * cut) * mottles * rng.uniform(low, high))
 
 
-def draw_wings(c, pathology, anatomy, rng):
-    """Edema: streaks around both hila. COVID-19: a coarse grain at the outer edges, lower down."""
+def draw_edema(c, pathology, anatomy, rng):
+    """Wings around both hila."""
     grain, change = noise(rng, c.size, 19), 0
     for side, sign in SIGN.items():
         strength, reach = rng.uniform(0.17, 0.22), rng.uniform(0.21, 0.27)
-        if pathology == "edema":
-            shape = ramp(1 - ellipse(c, sign * 0.34, 0.02, reach, 1.35 * reach), 1.2)
-            shape *= 1 + 0.25 * grain
-        else:
-            shape = ramp(1 - ellipse(c, sign * 0.68, rng.uniform(0.08, 0.22), reach, 0.34), 0.8)
-            shape *= np.clip(1 + 0.6 * grain, 0, 2)
-        change = change + in_lung(c, side, shape * strength)
+        shape = ramp(1 - ellipse(c, sign * 0.34, 0.02, reach, 1.35 * reach), 1.2)
+        change = change + in_lung(c, side, shape * (1 + 0.25 * grain) * strength)
     return change
 
 
@@ -268,11 +263,10 @@ LOOKS = {  # pathology: (how often, places, look; None where Chest has moved an 
     "mass": (1.0, CENTRAL, draw_lesion),
     "atelectasis": (1.0, ["left_lower_lung", "right_lower_lung"], draw_atelectasis),
     "cardiomegaly": (0.8, ["heart_size"], None),
-    "edema": (0.8, ["hilar_unspec"], draw_wings),
+    "edema": (0.8, ["hilar_unspec"], draw_edema),
     "fracture": (1.2, ["rib"], draw_fracture),
     "tube": (1.0, ["trachea"] + PLEURA, draw_tube),
-    "elevation": (0.9, ["left_diaphragm", "right_diaphragm"], None),
-    "covid-19": (0.0, ["lung_bases"], draw_wings)}    # only where a layout asks for it
+    "elevation": (0.9, ["left_diaphragm", "right_diaphragm"], None)}
 
 # ------------------------------------------------------------------------------------------ films
 

@@ -1,21 +1,20 @@
-"""CheXpert, full or small, and its test release.
+"""CheXpert, full or small, and its test set, which is a download of its own.
 
     CheXpert-v1.0-small/  train.csv valid.csv        Path,Sex,Age,Frontal/Lateral,AP/PA, 14 labels
     (or CheXpert-v1.0/)   train/patient00001/study1/view1_frontal.jpg  view2_lateral.jpg  valid/...
-    CheXpert/             val_labels.csv test_labels.csv  val/ test/      Path, 14 labels
-                          or groundtruth.csv, a row per study             Study, 14 labels
+    put into the same:    test_labels.csv  test/...  Path, 14 labels
 
 In train a labeller read the reports: 1.0 present, 0.0 absent, -1.0 uncertain, blank not mentioned;
-radiologists read valid and test. Without the test release valid is the test set, and the loader
-takes validate from train. Traps: Path begins with the folder of the release; val_labels.csv says
-valid/ where the folder is val/. Put the test release's files into the folder of train.csv: the
-loader takes one folder.
+radiologists read valid and test. Without test_labels.csv valid is the test set, and the loader
+takes validate from train. Trap: Path begins with the folder of the release.
 """
 from pathlib import Path
 
 from formats import BLANK, Item, csv_rows, find, skip_if_bad, write_csv
 
-FILES = ("train.csv", "valid.csv", "val_labels.csv")
+TABLES = {"train": "train.csv", "validate": "valid.csv", "test": "test_labels.csv"}
+FOLDERS = {"train": "train", "validate": "valid", "test": "test"}
+FILES = tuple(TABLES.values())
 GET = "https://stanfordmlgroup.github.io/competitions/chexpert"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "frontal", 390
 LABELS = {  # in the order of the csv: what phantom.py draws for each
@@ -24,8 +23,6 @@ LABELS = {  # in the order of the csv: what phantom.py draws for each
     "Consolidation": {"consolidation"}, "Pneumonia": {"pneumonia"}, "Atelectasis": {"atelectasis"},
     "Pneumothorax": {"pneumothorax"}, "Pleural Effusion": {"effusion"}, "Pleural Other": set(),
     "Fracture": {"fracture"}, "Support Devices": {"tube"}}
-TABLES = {"train.csv": "train", "valid.csv": "validate", "val_labels.csv": "validate",
-          "test_labels.csv": "test", "groundtruth.csv": "test"}
 VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1, "": BLANK}  # of a cell
 
 
@@ -36,21 +33,15 @@ def label_values(row):
 
 def read(root, views, labels):
     items, problems = [], []
-    for table, split in TABLES.items():
+    for split, table in TABLES.items():
         for row in csv_rows(find(root, table)):
-            path = row.get("Path") or row["Study"]
+            path = row["Path"]
             if path.startswith("CheXpert"):
                 path = path.partition("/")[2]
-            if path.startswith("valid/") and Path(root, "val").is_dir():
-                path = path.replace("valid", "val", 1)
-            images = [path]
-            if not path.endswith(".jpg"):  # a study
-                images = sorted(f"{path}/{image.name}" for image in Path(root, path).glob("*.jpg"))
-            with skip_if_bad(problems, f"{split}, {path!r}"):
+            with skip_if_bad(problems, f"{table}: {path}"):
                 patient, values = path.split("/")[1], label_values(row)
-                for image in images:
-                    if views == "all" or "frontal" in image:
-                        items.append(Item(image[:-4], image, patient, split, values))
+                if views == "all" or "frontal" in path:
+                    items.append(Item(path, path, patient, split, values))
     if not any(item.split == "test" for item in items):
         items = [item._replace(split=item.split.replace("validate", "test")) for item in items]
     return list(LABELS), items, problems
@@ -68,16 +59,15 @@ def said(mentions):
 
 
 def write(root, films, draw):
-    rows = {"train": [], "valid": []}
+    root, rows = Path(root, "CheXpert-v1.0-small"), {split: [] for split in TABLES}
     for f in films:
-        part = "train" if f.split == "train" else "valid"
-        f.person = f"CheXpert-v1.0-small/{part}/patient{f.patient + 1:05d}"
-        f.image = f"{root}/{f.person}/study{f.visit + 1}/view1_frontal.jpg"
-        f.shape = (f.size, round(0.82 * f.size))
+        study = f"{FOLDERS[f.split]}/patient{f.patient + 1:05d}/study{f.visit + 1}"
+        f.image = f"{root}/{study}/view1_frontal.jpg"
     for f in draw(films):
-        part, mentions = f.person.split("/")[1], f.mentions
-        if part == "valid":  # a radiologist sees what is drawn
-            mentions = {finding.pathology: 1 for finding in f.findings}
-        rows[part].append((Path(f.image).relative_to(root), *said(mentions).values()))
-    for part in rows:
-        write_csv(f"{root}/CheXpert-v1.0-small/{part}.csv", "Path," + ",".join(LABELS), rows[part])
+        seen = f.mentions
+        if f.split != "train":  # a radiologist sees what is drawn
+            seen = {finding.pathology: 1 for finding in f.findings}
+        path = Path(f.image).relative_to(root.parent)
+        rows[f.split].append((path, *said(seen).values()))
+    for split, table in TABLES.items():
+        write_csv(root / table, "Path," + ",".join(LABELS), rows[split])

@@ -3,7 +3,7 @@
     metadata.csv      patientid,...,finding,...,view,modality,...,filename,...,clinical_notes,...
     images/<filename>
     annotations/lungVAE-masks/<stem>_mask.png       lungs of 209 images, by a model
-    covid-19-chest-xray-segmentations-dataset/      of GeneralBlockchain, here or beside the root:
+    ../covid-19-chest-xray-segmentations-dataset/   of GeneralBlockchain, beside the root:
         structure.csv        ...,Class,...,Filename,...,Mask,Resolution,Top,Left,Width,Height,...
         masks/<name>.png     findings, lungs and heart of 97 images, drawn by radiologists in colour
 
@@ -20,7 +20,7 @@ GET = "git clone https://github.com/ieee8023/covid-chestxray-dataset"
 SHARES, VIEWS, SIZE = (0.6, 0.1), "frontal", 448
 FRONTAL = ("PA", "AP", "AP Supine")
 LABELS = ["COVID-19", "Pneumonia", "No Finding"]
-MASKS = "covid-19-chest-xray-segmentations-dataset"  # the folder of the radiologists' masks
+MASKS = "../covid-19-chest-xray-segmentations-dataset"  # the folder of the radiologists' masks
 CLASSES = {  # class of such a mask: label
     "COVID-19 Ground Glass Opacities": "opacity", "COVID-19 Consolidation": "consolidation",
     # the radiologists left the lung behind the heart out, the lung masks do not
@@ -31,15 +31,14 @@ CLASSES = {  # class of such a mask: label
 def radiologists_masks(root, problems):
     """{file stem: [Mask]} of every image that radiologists drew on."""
     masks = collections.defaultdict(list)
-    folder = MASKS if Path(root, MASKS).is_dir() else f"../{MASKS}"
-    for row in csv_rows(find(Path(root, folder), "structure.csv")):
+    for row in csv_rows(find(Path(root, MASKS), "structure.csv")):
         found, label = masks[Path(row["Filename"]).stem], CLASSES.get(row["Class"])
         with skip_if_bad(problems, f"structure.csv: {row['Filename']}"):
             width, height = map(int, row["Resolution"].split("x"))
             place = (int(row["Left"]) / width, int(row["Top"]) / height,
                      int(row["Width"]) / width, int(row["Height"]) / height)
             if label:  # of the path only the name counts: it must not lead out of the folder
-                path = f"{folder}/masks/{Path(row['Mask']).name}"
+                path = f"{MASKS}/masks/{Path(row['Mask']).name}"
                 found.append(Mask(label, "crop", path, place))
     return masks
 
@@ -60,25 +59,24 @@ def read(root, views, labels):
             masks, lungs = drawn.get(stem, []), f"annotations/lungVAE-masks/{stem}_mask.png"
             if Path(root, lungs).exists():
                 masks = [*masks, Mask("lung", "file", lungs)]
-            seen = {mask.label for mask in masks}
-            looked_for = ("consolidation", "opacity") if stem in drawn else ()
-            absent = tuple(label for label in looked_for if label not in seen)
             items.append(Item(name, f"images/{name}", row["patientid"], "", values,
                               note=row["clinical_notes"], masks=tuple(masks) or None,
-                              absent=absent))
+                              absent=("consolidation", "opacity") if stem in drawn else ()))
     return LABELS, items, problems
 
 
 def write(root, films, draw):
     for f in films:
-        f.among, f.sure = ["pneumonia"], ("covid-19", 0.6)
-        f.image = f"{root}/images/phantom-{f.patient}-{f.visit}.png"
+        f.sure = ("opacity", 0.6)  # the sign of COVID-19 that phantoms have
+        f.image = f"{root}/images/{f.index}.png"
         if f.index % 2 == 0:
-            f.lungs = f"{root}/annotations/lungVAE-masks/phantom-{f.patient}-{f.visit}_mask.png"
+            f.lungs = f"{root}/annotations/lungVAE-masks/{f.index}_mask.png"
     rows = []
     for f in draw(films):
-        finding = "/".join(found.pathology for found in f.findings) or "No Finding"
+        disease = "Pneumonia" if f.findings else "No Finding"
+        if "opacity" in [finding.pathology for finding in f.findings]:
+            disease = "Pneumonia/Viral/COVID-19"
         said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
-        rows.append((f.patient, finding, f.view, "X-ray", Path(f.image).name, said))
-    header = "patientid,finding,view,modality,filename,clinical_notes"
-    write_csv(f"{root}/metadata.csv", header, rows)
+        rows.append((f.patient, disease, f.view, "X-ray", Path(f.image).name, said))
+    write_csv(f"{root}/metadata.csv", "patientid,finding,view,modality,filename,clinical_notes",
+              rows)

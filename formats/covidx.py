@@ -4,8 +4,8 @@
     train.txt val.txt test.txt      or train_COVIDx8B.txt ...
         5 ARDSSevere.png negative cohen        patient, file, class, source, one space apart
 
-The class may be normal, pneumonia or COVID-19 instead. Traps: patient ids of V8 hold spaces
-(COVID 1); source and class go together, so a model can tell the hospital instead of the disease.
+Traps: patient ids of V8 hold spaces (COVID 1); source and class go together, so a model can tell
+the hospital instead of the disease.
 """
 from formats import Item, find, skip_if_bad, write_text
 
@@ -18,13 +18,13 @@ PAPER_PROMPT = (  # the published run asks for COVID-19 by these words (Sec. IV-
     "identified on chest X-rays by characteristic bilateral, peripheral ground-glass opacities. "
     "These radiographic findings are most commonly seen in the lower lobes of the lungs and can "
     "progress to multifocal consolidation as the disease advances.")
-CLASSES = {"positive": 1, "negative": 0, "COVID-19": 1, "pneumonia": 0, "normal": 0}
+CLASSES = {"positive": 1, "negative": 0}
 
 
 def read(root, views, labels):
     items, problems = [], []
     for split, folder in (("train", "train"), ("validate", "val"), ("test", "test")):
-        path = find(root, f"{folder}.txt", f"{folder}*.txt")
+        path = find(root, f"{folder}*.txt")
         text = path.read_text("utf-8", "replace") if path else ""
         for line in filter(str.strip, text.splitlines()):
             with skip_if_bad(problems, f"{folder}: {line[:60]}"):
@@ -36,11 +36,13 @@ def read(root, views, labels):
 def write(root, films, draw):
     lists = {"train": "", "val": "", "test": ""}
     for f in films:
-        f.sure = ("covid-19", 0.5)
+        f.sure = ("opacity", 0.5)  # the sign of COVID-19 that phantoms have
         f.image = f"{root}/{f.split.replace('validate', 'val')}/{f.patient}-{f.visit}.png"
     for f in draw(films):
         folder, name = f.image.split("/")[-2:]
-        sick = any(finding.pathology == "covid-19" for finding in f.findings)
-        lists[folder] += f"{f.patient} {name} {'positive' if sick else 'negative'} ricord\n"
+        kind = "negative"
+        if "opacity" in [finding.pathology for finding in f.findings]:
+            kind = "positive"
+        lists[folder] += f"{f.patient} {name} {kind} ricord\n"
     for folder, lines in lists.items():
         write_text(f"{root}/{folder}.txt", lines)

@@ -20,10 +20,9 @@ def find_root(dataset, root):
     for folder in [root, *sorted(root.glob("*/"))]:
         if find(folder, *source.FILES):
             return str(folder)
-    layout = "mimic" if dataset == "synthetic" else dataset
     raise InputError(f"no {dataset} data at {root}: looked for {' or '.join(source.FILES)} "
                      f"there and one folder down. Get it: {source.GET}; or rehearse: python "
-                     f"phantom.py --layout {layout} --root {root} --count 200")
+                     f"phantom.py --layout {dataset} --root {root} --count 200")
 
 
 def read_items(dataset, root, views, labels):
@@ -70,17 +69,18 @@ def draw_split(patient, train, validate):
 
 
 def settle_splits(items, shares):
-    """(array of each item's split, how it was made): the publisher's, else by patient. A missing
-    validation part is carved out of the publisher's training patients."""
+    """(array of each item's split, how it was made): the publisher's, else by patient. What is in
+    none of the publisher's parts is for training, and a missing validation part is carved out of
+    the training patients."""
     train, validate = shares
     splits, source = [item.split for item in items], "the publisher's"
     if not any(splits):
         splits = [draw_split(item.patient, train, validate) for item in items]
         source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
-    elif "train" in splits and "validate" not in splits:
+    elif "validate" not in splits:
         share = validate / (train + validate)
         for i, item in enumerate(items):
-            if item.split == "train":
+            if item.split != "test":
                 splits[i] = draw_split(item.patient, 1 - share, share)
         source += f", and {share:.0%} of its training patients to validate"
     return np.array(splits, dtype="<U8"), source

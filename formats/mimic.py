@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError
-from formats import UNKNOWN, Item, Mask, box, csv_rows, find, skip_if_bad, write_csv
+from formats import UNKNOWN, Item, Mask, csv_rows, find, skip_if_bad, write_csv
 from formats.chexpert import LABELS, label_values, said
 
 FILES = ("mimic-cxr-2.0.0-split.csv",)
@@ -38,17 +38,6 @@ def read_labels(root, labels, problems):
     return values
 
 
-def with_findings(item, rows, width, height):
-    """The item with its rows of boxes.csv."""
-    boxes, masks, truth = (), (), ()
-    for row in rows:
-        label, sides = row["pathology"], (row["x"], row["y"], row["width"], row["height"])
-        boxes += (box(label, sides, width, height),)
-        masks += (Mask(label, "bit", f"masks/{item.id}.png", int(row["finding"])),)
-        truth += ((label, row["anatomy"]),)
-    return item._replace(boxes=boxes, masks=masks, truth=truth)
-
-
 def read(root, views, labels):
     items, problems, names = [], [], list(LABELS)
     findings, drawn = list(csv_rows(find(root, "boxes.csv"))), collections.defaultdict(list)
@@ -56,23 +45,26 @@ def read(root, views, labels):
         drawn[row["dicom_id"]].append(row)
     if labels == "drawn":
         names = sorted({row["pathology"] for row in findings})
-    frames = {row["dicom_id"]: (row["ViewPosition"], row["Columns"], row["Rows"])
-              for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"))}
+    view_of = {row["dicom_id"]: row["ViewPosition"]
+               for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"))}
     values = read_labels(root, labels, problems)
     above = "mimic-cxr-reports/" if Path(root, "mimic-cxr-reports").is_dir() else ""
     for row in csv_rows(find(root, *FILES)):
         name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
         folder = f"files/p{patient[:2]}/p{patient}/s{study}"
         with skip_if_bad(problems, f"split.csv: {name}"):
-            view, width, height = frames[name]
+            view = view_of[name]
             if not study or row["split"] not in ("train", "validate", "test"):
                 raise ValueError(f"split {row['split']!r}")
             item = Item(name, f"{folder}/{name}.jpg", patient, row["split"],
                         values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt")
             if findings:
-                item = with_findings(item, drawn[name], width, height)
+                masks = [Mask(row["pathology"], "bit", f"masks/{name}.png", int(row["finding"]))
+                         for row in drawn[name]]
+                truth = [(row["pathology"], row["anatomy"]) for row in drawn[name]]
+                item = item._replace(masks=tuple(masks), truth=tuple(truth))
             if labels == "drawn":
-                present = {pathology for pathology, _ in item.truth}
+                present = {row["pathology"] for row in drawn[name]}
                 item = item._replace(labels=tuple(int(label in present) for label in names))
             if views == "all" or view in ("PA", "AP"):
                 items.append(item)
@@ -81,20 +73,24 @@ def read(root, views, labels):
 
 def write(root, films, draw):
     for f in films:
-        f.person = str(10_000_000 + f.patient * 7_654_321 % 9_999_991)  # in no visible order
+        patient = str(10_000_000 + f.patient * 7_654_321 % 9_999_991)  # in no visible order
         study = str(50_000_000 + f.index * 7_654_321 % 9_999_991)
         name = np.random.default_rng([2, f.index]).bytes(20).hex("-", 4)
-        folder = f"{root}/files/p{f.person[:2]}/p{f.person}"
+        folder = f"{root}/files/p{patient[:2]}/p{patient}"
         f.image, f.report = f"{folder}/s{study}/{name}.jpg", f"{folder}/s{study}.txt"
-        f.bits, f.uids = f"{root}/masks/{name}.png", [name, study, f.person]
-    films = draw(films)
-    write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height",
-              [(f.uids[0], k, finding.pathology, finding.anatomy, *finding.box)
-               for f in films for k, finding in enumerate(f.findings)])
-    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz", "study_id," + ",".join(LABELS),
-              [(f.uids[1], *said(f.mentions).values()) for f in films])
+        f.bits = f"{root}/masks/{name}.png"
+    boxes, values, views, splits = [], [], [], []
+    for f in draw(films):
+        name, report = Path(f.image).stem, Path(f.report)
+        study, patient = report.stem[1:], report.parent.name[1:]
+        for k, finding in enumerate(f.findings):
+            boxes.append((name, k, finding.pathology, finding.anatomy, *finding.box))
+        values.append((study, *said(f.mentions).values()))
+        views.append((name, f.view, f.size, f.size))
+        splits.append((name, study, patient, f.split))
+    write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height", boxes)
+    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz", "study_id," + ",".join(LABELS), values)
     write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz", "dicom_id,ViewPosition,Rows,Columns",
-              [(f.uids[0], f.view, f.size, f.size) for f in films])
+              views)
     # the split file comes last: a folder without it was not finished
-    write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split",
-              [(*f.uids, f.split) for f in films])
+    write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", splits)

@@ -1,8 +1,7 @@
 """NIH ChestX-ray14, the twelve archives unpacked into one folder or each into its own.
 
     images/00000001_000.png                 patient, follow-up; or images_001/images/ (Kaggle)
-    Data_Entry_2017_v2020.csv               Image Index,Finding Labels,Follow-up #,Patient ID,...
-    or Data_Entry_2017.csv                  labels are joined by |
+    Data_Entry_2017_v2020.csv               Image Index,Finding Labels (joined by |),Patient ID,...
     BBox_List_2017.csv                      984 boxes on 880 test images, 1024 pixels a side
     train_val_list.txt  test_list.txt       the official split, a file name per line
 
@@ -14,13 +13,12 @@ from pathlib import Path
 
 from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad, write_csv, write_text
 
-FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
+FILES = ("Data_Entry_2017_v2020.csv",)
 GET = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "all", 1024  # boxes are in pixels of this size
-
-BOXED = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
-         "Pneumothorax"]  # the labels that have boxes
-LABELS = [*BOXED, "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia"]
+LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+          "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+          "Hernia"]
 
 
 def read(root, views, labels):
@@ -31,33 +29,29 @@ def read(root, views, labels):
         with skip_if_bad(problems, f"box of {row['Image Index']}"):
             label = row["Finding Label"].replace("Infiltrate", "Infiltration")
             sides = row["Bbox [x"], row["y"], row["w"], row["h]"]
-            boxes[row["Image Index"]].append(box(label, sides, SIZE, SIZE))
+            boxes[row["Image Index"]].append(box(label, sides))
     for row in csv_rows(find(root, *FILES)):
         name, found = row["Image Index"], set(row["Finding Labels"].split("|"))
         with skip_if_bad(problems, name):
             if not name or found - {"No Finding", *LABELS}:
                 raise ValueError(row["Finding Labels"])
-            split = ""
-            if tests:
-                split = "test" if name in tests else "train"
             items.append(Item(
                 name, paths.get(name.removesuffix(".png"), f"images/{name}"), row["Patient ID"],
-                split, tuple(int(label in found) for label in LABELS),
-                boxes=tuple(boxes.get(name, ()))))
+                "test" if name in tests else "", tuple(int(label in found) for label in LABELS),
+                boxes=tuple(boxes[name])))
     return LABELS, items, problems
 
 
 def write(root, films, draw):
     for f in films:
         f.image = f"{root}/images/{f.patient + 1:08d}_{f.visit:03d}.png"
-        f.mode = "RGBA" if f.index % 40 == 7 else "L"
     entries, boxes, tests = [], [], []
     for f in draw(films):
         name, found = Path(f.image).name, set()
         for finding in f.findings:
             label = finding.pathology.capitalize().replace("Opacity", "Infiltration")
             found.add(label)
-            if f.split == "test" and label in BOXED:
+            if f.split == "test" and label in LABELS:
                 boxes.append((name, label.replace("Infiltration", "Infiltrate"),
                               *(side * SIZE / f.size for side in finding.box)))
         if f.split == "test":

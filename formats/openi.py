@@ -1,15 +1,12 @@
-"""Open-i: Indiana University's radiographs and reports, from the NLM or re-packed on Kaggle.
+"""Open-i: Indiana University's radiographs and reports.
 
     ecgen-radiology/<number>.xml, or NLMCXR_reports.tgz as it came
     NLMCXR_png/CXR<number>_IM-....png      nlmcxr_dicom_metadata.csv (the views), if at hand
-    Kaggle: indiana_reports.csv            uid,MeSH,Problems,...,findings,impression
-            indiana_projections.csv        uid,filename,projection; images/images_normalized/
 
 Labels are the index terms that people gave each report, by the part before the first slash:
 Opacity/lung/upper lobe/right. Trap: the XML does not tell the view, so without
 nlmcxr_dicom_metadata.csv lateral views are read, too. There is no split.
 """
-import collections
 import html
 import tarfile
 import zlib
@@ -19,7 +16,7 @@ from xml.etree import ElementTree
 from cli import InputError
 from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
 
-FILES = ("ecgen-radiology", "indiana_reports.csv", "NLMCXR_reports*.tgz")
+FILES = ("ecgen-radiology", "NLMCXR_reports*.tgz")
 GET = "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "frontal", 512
 OPENI = {  # label: the index terms that stand for it
@@ -35,7 +32,7 @@ LABELS = list(OPENI)
 
 
 def xml_files(root):
-    """Yield the (name, content) of each XML file of the NLM's."""
+    """Yield the (name, content) of each XML file."""
     archive = find(root, "NLMCXR_reports*.tgz")
     for path in sorted(Path(root, "ecgen-radiology").glob("*.xml")):
         yield path.name, path.read_bytes()
@@ -50,9 +47,8 @@ def xml_files(root):
         raise InputError(f"{archive} is damaged ({error}); download it again") from None
 
 
-def reports(root, problems=None):
-    """Yield dict(id, report, images [file stems], terms) of each report of the NLM's."""
-    problems = [] if problems is None else problems
+def reports(root, problems):
+    """Yield dict(id, report, images [file stems], terms) of each report."""
     for name, content in xml_files(root):
         with skip_if_bad(problems, name):
             tree = ElementTree.fromstring(content)
@@ -63,23 +59,11 @@ def reports(root, problems=None):
                    "terms": [element.text or "" for element in tree.iter("major")]}
 
 
-def kaggle_reports(root, views):
-    """Yield Kaggle's reports in the form of `reports`."""
-    images = collections.defaultdict(list)
-    for row in csv_rows(find(root, "indiana_projections.csv")):
-        if views == "all" or row["projection"] == "Frontal":
-            images[row["uid"]].append(Path(row["filename"]).stem)
-    for row in csv_rows(find(root, "indiana_reports.csv")):
-        yield {"id": row["uid"], "images": images[row["uid"]], "terms": row["MeSH"].split(";"),
-               "report": f"FINDINGS: {row['findings']}\n\nIMPRESSION: {row['impression']}"}
-
-
 def read(root, views, labels):
     items, problems, paths = [], [], paths_by_stem(root)
     view_of = {row["imageid"]: row["View Position"] or "PA"
                for row in csv_rows(find(root, "nlmcxr_dicom_metadata.csv"))}
-    kaggle = find(root, "indiana_reports.csv")
-    for report in kaggle_reports(root, views) if kaggle else reports(root, problems):
+    for report in reports(root, problems):
         heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}
         values = (UNKNOWN,) * len(OPENI)
         if heads:
@@ -95,7 +79,6 @@ def read(root, views, labels):
 def write(root, films, draw):
     for f in films:
         f.image = f"{root}/NLMCXR_png/CXR{f.index + 1}_IM-{f.index + 1:04d}-1001.png"
-        f.shape = (round(f.size * 1.2), f.size)
     for f in draw(films):
         lines = [f'<eCitation><uId id="CXR{f.index + 1}"/>',
                  f'<parentImage id="{Path(f.image).stem}"/>']

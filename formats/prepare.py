@@ -39,18 +39,13 @@ def in_workers(function, items, workers, title):
                          "is kept: run again with fewer --workers") from None
 
 
-class Decode:
-    """Item -> (pixels uint8 [S,S], ""), or (None, why not)."""
-
-    def __init__(self, root, size, equalize):
-        self.root, self.size, self.equalize = root, size, equalize
-
-    def __call__(self, item):
-        path = os.path.join(self.root, item.path)
-        try:
-            return read_image(path, self.size, self.equalize), ""
-        except Exception:  # whatever a decoder makes of a damaged file: it must not end the run
-            return None, trouble(path)
+def decode(root, size, equalize, item):
+    """(pixels uint8 [S,S], ""), or (None, why not)."""
+    path = os.path.join(root, item.path)
+    try:
+        return read_image(path, size, equalize), ""
+    except Exception:  # whatever a decoder makes of a damaged file: it must not end the run
+        return None, trouble(path)
 
 
 def prepare_images(root, items, folder, size, workers, again=False, equalize=False):
@@ -74,8 +69,8 @@ def prepare_images(root, items, folder, size, workers, again=False, equalize=Fal
     state = np.load(folder / "state.npy", mmap_mode="r+")
     # written through a file, not through the map, where a full disk would kill the process
     with open(folder / "images.npy", "r+b", buffering=0) as file:
-        decode, chosen = Decode(root, size, equalize), [items[i] for i in rows]
-        decoded = in_workers(decode, chosen, workers, "images")
+        pixels_of = functools.partial(decode, root, size, equalize)
+        decoded = in_workers(pixels_of, [items[i] for i in rows], workers, "images")
         for row, (pixels, reason) in zip(rows.tolist(), decoded):
             if pixels is None:
                 state[row], reasons[row] = UNUSABLE, reason

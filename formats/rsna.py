@@ -44,22 +44,11 @@ def read(root, views, labels):
     for name, found in boxes.items():
         patient, stem = sources.get(name, (name, None))
         path = paths.get(name) or paths.get(stem) or paths.get(tests.get(name))
-        split = ""
-        if tests:
-            split = "test" if name in tests else "train"
         with skip_if_bad(problems, f"box of {name}"):
-            located = tuple(box(LABELS[0], sides, SIZE, SIZE) for sides in found)
-            items.append(Item(name, path or f"stage_2_train_images/{name}.dcm", patient, split,
-                              (int(bool(found)),), boxes=located))
+            located = tuple(box(LABELS[0], sides) for sides in found)
+            items.append(Item(name, path or f"stage_2_train_images/{name}.dcm", patient,
+                              "test" if name in tests else "", (int(bool(found)),), boxes=located))
     return LABELS, items, problems
-
-
-def name_films(films):
-    """Persons, and UIDs of study, series and image, in the manner of RSNA and SIIM."""
-    for f in films:
-        f.person = f"{f.index:08x}-0000-4000-8000-{f.patient:012x}"
-        f.uids = [f"1.2.276.0.7230010.3.1.{level}.8323329.{f.index + 301}.1517875217.{f.index}"
-                  for level in (2, 3, 4)]
 
 
 def save_dicom(film, image):
@@ -72,21 +61,22 @@ def save_dicom(film, image):
     file.file_meta.TransferSyntaxUID = pydicom.uid.JPEGBaseline8Bit
     file.PixelData = pydicom.encaps.encapsulate([jpeg.getvalue()])
     file.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    file.SOPInstanceUID = film.uids[2]
+    file.SOPInstanceUID = f"1.2.276.0.7230010.3.1.4.{film.index}"
     file.save_as(film.image, enforce_file_format=True)
 
 
 def write(root, films, draw):
-    name_films(films)
     for f in films:
-        f.image = f"{root}/stage_2_train_images/{f.person}.dcm"
+        name = f"{f.index:08x}-0000-4000-8000-{f.patient:012x}"
+        f.image = f"{root}/stage_2_train_images/{name}.dcm"
         f.sure = ("pneumonia", 0.15)
     rows = []
     for f in draw(films):
+        name = Path(f.image).stem
         found = [finding.box for finding in f.findings
                  if finding.pathology in ("pneumonia", "opacity", "consolidation")]
         for sides in found:
-            rows.append((f.person, *(float(round(side * SIZE / f.size)) for side in sides), 1))
+            rows.append((name, *(side * SIZE / f.size for side in sides), 1))
         if not found:
-            rows.append((f.person, "", "", "", "", 0))
+            rows.append((name, "", "", "", "", 0))
     write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target", rows)

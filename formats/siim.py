@@ -8,15 +8,14 @@
 
 An RLE is pairs: the gap since the last run, the length of this run; it goes down the columns of a
 1024 x 1024 image. Several masks of an image are OR-ed. Only the re-pack has a split, which also
-holds for Kaggle's files beside it; patients are unknown. Trap: stage 1 has spaces before the second
-column's name and cells.
+holds for Kaggle's files beside it; patients are unknown.
 """
 import collections
+from pathlib import Path
 
 import numpy as np
 
 from formats import Item, Mask, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
-from formats.rsna import name_films
 
 FILES = ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv")
 GET = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
@@ -44,17 +43,16 @@ def read(root, views, labels):
         for row in csv_rows(find(root, f"stage_1_{part}_images.csv")):
             packed[row["ImageId"]] = {**row, "part": part}
     for name in rles | packed:
-        path, split, masks = paths.get(name, f"{name}.dcm"), "", ()
+        path, split = f"{name}.dcm", ""
         with skip_if_bad(problems, f"mask of {name}"):
-            if name in rles:
-                masks = tuple(map(rle_mask, rles[name]))
-            elif packed[name]["has_pneumo"] == "1":
-                masks = (Mask(LABELS[0], "file", f"png_masks/{packed[name]['new_filename']}"),)
-            if packed:  # what is not in it is no test image
-                split = packed.get(name, {"part": "train"})["part"]
-            if name in packed and name not in paths:
-                path = f"png_images/{packed[name]['new_filename']}"
-            items.append(Item(name, path, name, split, (int(bool(masks)),), masks=masks))
+            masks = [rle_mask(rle) for rle in rles.get(name, ())]
+            if name in packed:
+                file, split = packed[name]["new_filename"], packed[name]["part"]
+                path = f"png_images/{file}"
+                if name not in rles and packed[name]["has_pneumo"] == "1":
+                    masks = [Mask(LABELS[0], "file", f"png_masks/{file}")]
+            items.append(Item(name, paths.get(name, path), name, split, (int(bool(masks)),),
+                              masks=tuple(masks)))
     return LABELS, items, problems
 
 
@@ -67,12 +65,12 @@ def encode(mask):
 
 
 def write(root, films, draw):
-    name_films(films)
     for f in films:
-        f.image = f"{root}/dicom-images-train/{'/'.join(f.uids)}.dcm"
+        name = f"1.2.276.0.7230010.3.1.4.{f.index}"
+        f.image = f"{root}/dicom-images-train/{name}.1/{name}.2/{name}.dcm"
         f.sure, f.keep_masks = ("pneumothorax", 0.2), True
     rows = []
     for f in draw(films):
         rles = [encode(found.mask) for found in f.findings if found.pathology == "pneumothorax"]
-        rows += [(f.uids[2], f" {rle}") for rle in rles or ["-1"]]
+        rows += [(Path(f.image).stem, f" {rle}") for rle in rles or ["-1"]]
     write_csv(f"{root}/train-rle.csv", "ImageId, EncodedPixels", rows)

@@ -27,21 +27,16 @@ class Rules:
         return extract_triplets(note, buckets=False) if note.strip() else None
 
 
-def stem(path):
-    """The name of a study or an image: p10/p1/s50.txt -> s50."""
-    return os.path.basename(path).split(".")[0]
-
-
 class RadGraphFile:
     """Triplets from a RadGraph .json, found by the name of the report."""
 
     def __init__(self, path):
         self.key = f"{path} {os.path.getmtime(path)}"
-        self.triplets = {stem(key): radgraph_triplets(graph, buckets=False)
+        self.triplets = {Path(key).stem: radgraph_triplets(graph, buckets=False)
                          for key, graph in tqdm(read_radgraph(path), desc="RadGraph")}
 
     def __call__(self, item):
-        return self.triplets.get(stem(item.report))
+        return self.triplets.get(Path(item.report).stem)
 
 
 class PublishedMatrix:
@@ -55,7 +50,7 @@ class PublishedMatrix:
         for name in Path(folder).glob("*.json"):
             for key, value in json.loads(name.read_text()).items():
                 if isinstance(value, dict):  # else a book of prompts that lies there too
-                    self.rows[stem(key)] = int(value["labels_id"])
+                    self.rows[Path(key).stem] = int(value["labels_id"])
         if self.matrix.shape[1:] != (len(ANATOMIES), len(PATHOLOGIES)) or not self.rows:
             raise ValueError(f"found {len(self.rows)} images and a matrix {self.matrix.shape}")
 

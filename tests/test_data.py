@@ -21,6 +21,7 @@ from conftest import ROOT
 from formats import BLANK, UNKNOWN, Item, Mask
 from formats.images import decode_rle, read_image, read_mask
 from formats.items import draw_split, settle_labels, settle_splits
+from formats.prepare import decode
 from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix
 
 
@@ -193,14 +194,14 @@ def test_damaged_images_are_counted_and_tried_again(copy):
 
 
 def test_a_preparation_that_was_killed_goes_on(copy, monkeypatch):
-    decode, count = data.prepare_images.__globals__["Decode"].__call__, [0]
+    count = [0]
 
-    def killed(self, item):
+    def killed(*args):
         count[0] += 1
         if count[0] > 70:
             raise KeyboardInterrupt
-        return decode(self, item)
-    monkeypatch.setattr("formats.prepare.Decode.__call__", killed)
+        return decode(*args)
+    monkeypatch.setattr("formats.prepare.decode", killed)
     with pytest.raises(KeyboardInterrupt):
         load(copy)
     count[0] = -1000
