@@ -18,7 +18,6 @@ from formats import (BLANK, PATHOLOGY, UNKNOWN, Mask, chexpert, covid_chestxray,
                      find, mimic, nih, openi, roco, rsna, siim, write_text)
 from formats.images import decode_rle, read_mask
 from formats.items import read_items, settle_splits
-from metrics import mask_scores
 from phantom import draw, plan
 from text import PATHOLOGIES
 
@@ -328,33 +327,6 @@ def test_real_label_files_give_the_published_counts(tmp_path):
     values = Counter(i.labels[names.index("Cardiomegaly")] for i in items.values())
     assert len(items) == 223_414 and not problems
     assert (values[1], values[0], values[-1]) == (27_000, 11_116, 8_087)
-
-
-@real
-@pytest.mark.parametrize("layout", RSNA_LAYOUTS)
-def test_medklips_real_csv_gives_5337_images_with_1218_positives(tmp_path, layout):
-    files = {name: text for name, text in RSNA_LAYOUTS[layout][0].items() if "csv" not in name}
-    fill(tmp_path, files)
-    shutil.copy(REAL / "labels" / "rsna_medslip_test.csv", tmp_path / "test.csv")
-    if layout == "kaggle":
-        shutil.copy(REAL / "labels" / "kaggle_stage_2_train_labels.csv.zip",
-                    tmp_path / "stage_2_train_labels.csv.zip")
-    items, splits, _ = splits_of(rsna, tmp_path)
-    tests = [item for item, split in zip(items.values(), splits) if split == "test"]
-    assert len(tests) == 5_337 and sum(item.labels[0] for item in tests) == 1_218
-    assert sum(len(item.boxes) for item in tests) == 1_947
-    assert len(items) == (26_684 if layout == "kaggle" else 5_337)
-
-
-@real
-def test_always_empty_has_dice_0778_on_siims_real_label_file(tmp_path):
-    source = REAL / "labels" / "siim-pneumothorax-train-rle.csv.gz"
-    shutil.copy(source, tmp_path / "train-rle.csv.gz")
-    items, _, _ = splits_of(siim, tmp_path)
-    masks = np.array([[[len(item.masks) > 0]] for item in items.values()])      # [N,1,1]
-    scores = mask_scores(np.zeros_like(masks), masks, masks[0], np.array(list(items)), n=1)
-    assert scores["trivial"]["empty_dice_all"] == pytest.approx(0.778, abs=5e-4)
-    assert scores["dice_all"] == scores["trivial"]["empty_dice_all"] and scores["dice"] == 0
 
 
 @real
