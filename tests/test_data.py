@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ from formats import BLANK, UNKNOWN, Item, Mask
 from formats.images import decode_rle, read_image, read_mask
 from formats.items import draw_split, settle_labels, settle_splits
 from formats.prepare import decode
-from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix
+from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix, swap_sides
 
 
 @pytest.fixture
@@ -67,31 +66,13 @@ def test_inverted_dicom(tmp_path):
     assert (dark_first[0], dark_first[-1]) == (255, 0)
 
 
-def test_dicom_files_are_equalised_on_request_in_a_folder_of_their_own(tmp_path, capsys):
+def test_dicom_files_alone_are_equalised_on_request(phantoms, tmp_path):
     """With an even histogram half of the pixels are below the middle of the range."""
     phantom.write("rsna", str(tmp_path), 12, size=64, workers=1)
     plain, even = (data.load("rsna", str(tmp_path), 64, workers=0, equalize=equalize)
                    for equalize in (False, True))
     assert abs(np.mean(even.images < 128) - 0.5) < 0.03 < abs(np.mean(plain.images < 128) - 0.5)
-    assert sorted(path.name[:14] == "prepared-64-eq" for path in tmp_path.glob("prepared-*")) == [
-        False, True]
-    assert (plain.equalized, even.equalized) == (False, True)
-    data.print_receipt(even)
-    assert "histogram-equalised" in capsys.readouterr().out
-
-
-def test_other_files_are_never_equalised(phantoms):
-    assert not load(phantoms, equalize=True).equalized
-
-
-def test_equalising_is_the_default_for_models_of_mimic():
-    ours, mimic, published = (SimpleNamespace(args=args)
-                              for args in ({"data": "synthetic"}, {"data": "mimic"}, {}))
-    left_out = data.parse_args([])
-    assert [data.equalizes(left_out, m) for m in (None, ours, mimic, published)] == [
-        False, False, True, True]
-    assert data.equalizes(data.parse_args(["--equalize", "on"]), ours)
-    assert not data.equalizes(data.parse_args(["--equalize", "off"]), mimic)
+    assert even.equalized and not plain.equalized and not load(phantoms, equalize=True).equalized
 
 
 def test_four_kinds_of_masks(tmp_path):
@@ -232,9 +213,8 @@ def test_paths_that_leave_the_root_and_rows_twice(copy):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda root: shutil.rmtree(root),
+    shutil.rmtree, lambda root: shutil.rmtree(root / "files"),
     lambda root: (root / "mimic-cxr-2.0.0-split.csv.gz").write_bytes(b"no gzip"),
-    lambda root: shutil.rmtree(root / "files"),
     lambda root: (root / "mimic-cxr-2.0.0-metadata.csv.gz").unlink()])
 def test_data_that_cannot_be_used_is_one_line(copy, spoil):
     spoil(copy)
@@ -271,9 +251,6 @@ def test_batches_repeat_and_share_out(phantoms):
     assert whole["images"].shape == (8, 24, 24) and whole["existence"].shape == (8, 51, 75)
     other = batches(table, seed=1)[5]
     assert not torch.equal(whole["images"], other["images"])
-    first = batches(table)
-    seen = [first[step]["existence"] for step in range(len(first))]
-    assert sum(map(len, seen)) == len(first) * 8 <= len(first.rows)
 
 
 def test_mirrored_images_have_their_sides_exchanged(phantoms):
@@ -281,21 +258,16 @@ def test_mirrored_images_have_their_sides_exchanged(phantoms):
     table = load(phantoms)
     swap, naive = (batches(table, size=32, crop=1.0, operations=0, flip=flip)
                    for flip in ("swap", "naive"))
+    exchanged = [ANATOMIES.index(swap_sides(name)) if swap_sides(name) in ANATOMIES else i
+                 for i, name in enumerate(ANATOMIES)]
     mirrored = 0
     for row in swap.rows[:40]:
         image, existence = swap.augmented(0, int(row))
         plain = torch.from_numpy(existence_matrix(table.triplets(row), PATHOLOGIES, ANATOMIES))
-        stored = torch.from_numpy(table.images[row].copy()).float()
-        straight = (image.float() - stored).abs().mean()
-        turned = (image.float() - stored.flip(1)).abs().mean()
+        turned = (image.numpy() == table.images[row][:, ::-1]).all()
+        assert torch.equal(existence, plain[exchanged] if turned else plain)
         assert torch.equal(naive.augmented(0, int(row))[1], plain)
-        if turned < straight:
-            mirrored += 1
-            left, right = ANATOMIES.index("left_pleural"), ANATOMIES.index("right_pleural")
-            assert torch.equal(existence[left], plain[right])
-            assert torch.equal(existence[right], plain[left])
-        else:
-            assert torch.equal(existence, plain)
+        mirrored += turned
     assert 8 < mirrored < 32
 
 
@@ -308,15 +280,14 @@ def test_no_partner_no_mirror():
 
 def test_released_operations():
     """Half of the time nothing is done; else one of ten, the same for the same random state."""
-    image = Image.fromarray((np.indices((64, 64)).sum(0) * 2 % 256).astype(np.uint8))
+    image = Image.fromarray((np.indices((64, 64)).sum(0) * 2).astype(np.uint8))
     torch.manual_seed(0)
     results = [data.released_operation(image) for _ in range(600)]
     same = np.mean([np.array_equal(result, image) for result in results])
     assert 0.5 < same < 0.62  # 1/2, 1/20 for the identity, some for an even contrast
     kinds = {result.tobytes() for result in results}
     assert 12 <= len(kinds) <= 15  # both signs of shear, shift and rotation
-    corner = [np.asarray(r)[0, 0] for r in results if not np.array_equal(r, image)]
-    assert 128 in corner
+    assert any(np.asarray(result)[0, 0] == 128 for result in results)  # grey comes in
 
 
 def test_normalise():

@@ -18,12 +18,6 @@ def test_cka_by_pencil():
     assert disentangle.cka(both, both @ turn) == pytest.approx(1)
 
 
-def test_the_mask_by_pencil():
-    """Values 1/2 and 1/4; where the features are 0 there is none."""
-    s = disentangle.mask_values(np.array([2.0, 4, 0]), np.array([1.0, 1, 0]))
-    assert s == {"mean": 0.375, "deviation": 0.125, "near half": 0.5}
-
-
 # of (place, pathology): with these four films each mixed finding occurs
 FINDINGS = np.array([(0, 0), (1, 1), (1, 0), (0, 1)])
 

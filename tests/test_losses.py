@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from losses import existence_loss, icl_loss, image_labels, medslip_loss, proto_loss
+from losses import existence_loss, medslip_loss, proto_loss
 
 B, m, n, T = 3, 6, 5, 8
 
@@ -17,9 +17,9 @@ def draw(*shape, seed=1):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def draw_existence(seed=0):
+def draw_existence():
     """[B,n,m]: nothing is present in image 0, all in image 1, image 2 is mixed; 2 = uncertain."""
-    y = torch.randint(-1, 3, (B, n, m), generator=torch.Generator().manual_seed(seed))
+    y = torch.randint(-1, 3, (B, n, m), generator=torch.Generator().manual_seed(0))
     y[0][y[0] == 1] = 0
     y[1] = 1
     return y
@@ -75,34 +75,8 @@ def slow_swap(logits, existence):
 
 # --------------------------------------------------------------------------------------- the tests
 
-def test_image_labels():
-    y = torch.tensor([[[-1, 2, 0, 0],
-                       [-1, -1, 1, -1]]], dtype=torch.int8)
-    pathology, anatomy = image_labels(y)
-    assert pathology.tolist() == [[-1, -1, 1, 0]] and anatomy.tolist() == [[0, 1]]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_existence_and_icl(seed):
-    y, logits = draw_existence(seed), 3 * draw(B, n, m, seed=seed)
-    slow = slow_bce(logits, y)
-    assert existence_loss(logits.flatten(1), y.flatten(1)).item() == pytest.approx(slow, rel=1e-5)
-    assert icl_loss(logits, y).item() == pytest.approx(slow, rel=1e-5)
-    assert existence_loss(logits, torch.full_like(y, -1)) == 0
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_proto(seed):
-    torch.manual_seed(seed)
-    y, z, text = draw_existence(seed), torch.randn(B, n, T), torch.randn(m, T)
-    # a fixed draw may hold -1 and concepts that are present: neither is a negative
-    index = torch.randint(-1, m, (B, n, 4))
-    slow = slow_proto(z, text, y, index)
-    assert slow > 0
-    assert proto_loss(z, text, y, negative_index=index).item() == pytest.approx(slow, rel=1e-5)
-    # 7 negatives are more than there are concepts, so the loss's own draw takes all of them
-    every = torch.arange(m).expand(B, n, m)
-    assert proto_loss(z, text, y).item() == pytest.approx(slow_proto(z, text, y, every), rel=1e-5)
+def test_no_loss_where_nothing_is_known():
+    assert existence_loss(draw(B, m), torch.full((B, m), -1)) == 0
 
 
 def test_proto_draws_each_candidate_once_and_equally_often():
@@ -138,8 +112,7 @@ def random_output():
 
 
 @pytest.mark.parametrize("streams", ["single", "dual"])
-@pytest.mark.parametrize("choice", [{}, {"unmentioned": "negative"}, {"unmentioned": "ignore"}],
-                         ids=["default", "negative", "ignore"])
+@pytest.mark.parametrize("choice", [{}, {"unmentioned": "ignore"}], ids=["default", "ignore"])
 def test_total(streams, choice):
     torch.manual_seed(0)
     y, p_text, a_text, out = draw_existence(), draw(m, T), draw(n, T), random_output()
@@ -150,7 +123,7 @@ def test_total(streams, choice):
     parts = medslip_loss(out, y, p_text, a_text, alpha=0.5, beta=2.0, separate=3.0, **choice,
                          swapped_logits=swapped, pathology_negatives=p_index,
                          anatomy_negatives=a_index)
-    if choice != {"unmentioned": "ignore"}:  # by default unmentioned is negative, as in the paper
+    if not choice:  # by default unmentioned is negative, as in the paper
         y = torch.where(y == -1, 0, y)
     by_pathology = y.transpose(1, 2)                                            # [B,m,n]
     exist = slow_bce(out.pathology_logits, slow_labels(by_pathology))
