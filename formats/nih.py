@@ -2,6 +2,7 @@
 
     images/00000001_000.png                 patient, follow-up; or images_001/images/ (Kaggle)
     Data_Entry_2017_v2020.csv               Image Index,Finding Labels (joined by |),Patient ID,...
+    or Data_Entry_2017.csv (Kaggle)
     BBox_List_2017.csv                      984 boxes on 880 test images, 1024 pixels a side
     train_val_list.txt  test_list.txt       the official split, a file name per line
 
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad, write_csv, write_text
 
-FILES = ("Data_Entry_2017_v2020.csv",)
+FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # Box; Kaggle
 GET = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "all", 1024  # boxes are in pixels of this size
 LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
