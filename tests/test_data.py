@@ -260,6 +260,7 @@ def test_mirrored_images_have_their_sides_exchanged(phantoms):
                    for flip in ("swap", "naive"))
     exchanged = [ANATOMIES.index(swap_sides(name)) if swap_sides(name) in ANATOMIES else i
                  for i, name in enumerate(ANATOMIES)]
+    alone = batches(table, size=32, crop=1.0, operations=0, anatomies=["left_pleural"])
     mirrored = 0
     for row in swap.rows[:40]:
         image, existence = swap.augmented(0, int(row))
@@ -268,6 +269,8 @@ def test_mirrored_images_have_their_sides_exchanged(phantoms):
         assert torch.equal(existence, plain[exchanged] if turned else plain)
         assert torch.equal(naive.augmented(0, int(row))[1], plain)
         mirrored += turned
+        if "left_pleural" in {t.anatomy for t in table.triplets(row)}:  # its partner is not asked
+            assert (alone.augmented(0, int(row))[0].numpy() == table.images[row]).all()
     assert 8 < mirrored < 32
 
 

@@ -216,3 +216,21 @@ def test_position_alone_tells_the_order_of_tokens():
         model.backbone.register_forward_hook(lambda module, x, features: features.flip(-1))
         same = torch.allclose(model(*batch).pathology_logits, out.pathology_logits, atol=1e-5)
         assert same != position
+
+
+@pytest.mark.parametrize("backbone", ["small", "resnet18", "resnet50"])
+def test_cells_look_where_cell_centres_says(backbone):
+    """The centre of mass of the pixels that a cell sees is its centre. For this every convolution
+    becomes a mean, and so does the maximum: all paths through the network then count alike."""
+    model = ask(backbone=backbone)[0]
+    for name, layer in model.backbone.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
+        if isinstance(layer, nn.MaxPool2d):
+            model.backbone[int(name)] = nn.AvgPool2d(3, stride=2, padding=1)
+    image = torch.ones(1, 3, 384, 384, requires_grad=True)
+    offset, stride = model.cell_centres()
+    i = 384 // stride // 2
+    seen, = torch.autograd.grad(model.backbone(image)[0, :, i, i].sum(), image)
+    centre = np.average(np.arange(384), weights=seen.sum((0, 1, 2)))  # along the columns
+    assert centre == pytest.approx(offset + stride * i, abs=0.05)
