@@ -82,7 +82,7 @@ def convert_published(weights):
     streams = "dual" if "anatomy.norm.weight" in converted else "single"
     if streams == "dual":
         # The released decoders share one final LayerNorm; of the two copies in the file it takes
-        # the one read last, pathology's. Without this the anatomy outputs are off by 24 %.
+        # the one read last, pathology's. A file that the release saved holds two equal ones.
         for end in ("weight", "bias"):
             converted[f"anatomy.norm.{end}"] = converted.get(f"pathology.norm.{end}")
     return converted, MeDSLIPConfig(streams=streams, mask="linear", icl="dot")

@@ -8,7 +8,8 @@ A task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics),
 labels of each image) and .png. N images, L labels, S stored pixels. Differs from the released code:
 - Thresholds come from validation where it has any labels. For classification the best ones on the
   test set, as reported in this literature, stand beside them (customary). --protocol published
-  adds what the released scripts compute, to be compared with the paper's figures.
+  adds scores by the released rules, on our forward pass: the released grounding script leaves out
+  the mask and may run with an untrained text projection. Prompts are not cut at 64 tokens.
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
 - Embeddings stand beside an untrained network's: what both show, training did not make.

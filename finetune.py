@@ -4,8 +4,9 @@
     python finetune.py --task classification --dataset nih --init random --unfreeze
     python finetune.py --task classification --ratio 0.1    # phantoms; a minute, after train.py
 
-Classification is a linear layer on the mean of the encoder's last map, segmentation a ResUNet
-decoder on its maps of every resolution; masks are learned and scored at the image size.
+Classification is a linear layer on the mean of the encoder's last map, segmentation a U-shaped
+residual decoder of ours (the paper's is a ResUNet) on its maps of every resolution; masks are
+learned and scored at the image size.
 
 Differs from the paper and the released code:
 - The encoder is frozen as in the paper, batch norm too (released: trained along). Its features are
@@ -13,7 +14,8 @@ Differs from the paper and the released code:
 - By `--protocol honest` the validation part chooses the epoch and the thresholds, and --ratio is of
   the patients, each class in proportion. `published`, for Table V: all images outside the test
   split are learned from (NIH: all of train_val_list.txt), --ratio is of images at random, and the
-  test split chooses, as released, which makes the scores too good.
+  test split chooses, as released, which makes the scores too good. It chooses by the loss
+  (released: by AUROC), and features are those of layer3 (released: of an untrained layer4).
 - dice is a mean over test images with a mask; dice_all, as published, over all, where an empty
   mask left empty counts 1: 0.778 on SIIM for a network that never finds anything.
 """

@@ -4,8 +4,8 @@
     python -m pytest tests/test_metrics.py    # each of them on cases that a pencil can check
 
 Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds.
-Differs from the released code: a map is divided by its own maximum, there by that of its batch;
-released_scores and released_regions do as it does.
+Differs from the released code: a map is divided by its own maximum, there by that of its batch.
+`released_scores` and `released_regions` follow the released rules.
 """
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
@@ -259,7 +259,9 @@ def released_regions(found):
             dice.append(dice_of(region[None], f.mask[None])[0])
         dice = np.array(dice)                                                   # [findings]
         scores |= {f"dice_{name}": dice.mean(), f"iou_{name}": (dice / (2 - dice)).mean()}
-    return scores
+    points = [points_at(nearest(f.cells, *f.mask.shape), hit_regions(f.mask, *f.cells.shape))
+              for f in found]
+    return scores | {"pointing_released": np.mean([p["pointing_released"] for p in points])}
 
 
 def fixed_answers(drawn):

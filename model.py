@@ -20,8 +20,9 @@ Differs from the released code:
 - The mask passes a sigmoid as in the paper; released: no activation (`mask="linear"`).
 - ICL has the paper's projections Z1; released: a plain dot product (`icl="dot"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
+- Each stream trains a last LayerNorm of its own; the two released streams share one.
 - Initial weights depend on the width of a layer and on the text vectors (`initialise`,
-  `start_from`); released: a deviation of 0.02 everywhere.
+  `start_from`); released: a deviation of 0.02 in every linear layer.
 """
 import math
 from dataclasses import dataclass
@@ -46,7 +47,7 @@ class MeDSLIPConfig:
     mask: str = "sigmoid"       # sigmoid | linear | none | hard (0 or 1, straight-through)
     icl: str = "cosine"         # cosine (learned scale, bias) | bare (as printed) | dot (released)
     existence: str = "embedding"  # embedding (paper) | evidence
-    proto_from: str = "queried"   # ProtoCL reads I_q: queried (paper) | dropped (after dropout)
+    proto_from: str = "queried"   # ProtoCL reads I_q: queried | dropped (after dropout: released)
 
 
 @dataclass
@@ -254,6 +255,10 @@ class MeDSLIP(nn.Module):
         for p in self.parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=std or p.shape[1] ** -0.5)
+        for module in self.modules():
+            if std and isinstance(module, Attention):  # as nn.MultiheadAttention starts them
+                nn.init.zeros_(module.in_proj.bias)
+                nn.init.zeros_(module.out_proj.bias)
 
     @torch.no_grad()
     def start_from(self, text, pathology_rate, anatomy_rate):

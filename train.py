@@ -38,10 +38,9 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "existence":   ("embedding", "embedding", "evidence"),  # Eq. 2; ours: see model.Stream
     "unmentioned": ("negative", "ignore", "negative"),  # Sec. II-A, end
     "flip":        ("naive", "naive", "swap"),          # paper: silent; 25 of 51 places have a side
-    "proto_from":  ("queried", "dropped", "queried"),   # ProtoCL reads I_q before or after dropout
+    "proto_from":  ("dropped", "dropped", "queried"),   # paper: silent; I_q after or before dropout
     "init_std":    (0.02, 0.02, 0.0),                   # paper: silent; 0: by width, see model.py
     "schedule":    ("smooth", "released", "smooth"),    # Table II: cosine, 5 epochs of warm-up
-    "decay":       ("all", "all", "matrices"),          # paper: silent; ours spares biases, norms
     "clip":        (math.inf, math.inf, 1.0),           # paper: silent; 1.0 for safety
     "amp":         ("off", "off", "auto"),              # paper: silent; released: fp32
     "place_words": ("published", "published", "ours"),  # "left_pleural", "the left pleural space"
@@ -112,7 +111,6 @@ def parse_args(argv=None):
     g.add_argument("--warmup-epochs", type=number(float, 0))
     g.add_argument("--schedule", choices=["smooth", "released"], help="of the learning rate")
     g.add_argument("--weight-decay", type=number(float, 0))
-    g.add_argument("--decay", choices=["matrices", "all"], help="what weight decay acts on")
     g.add_argument("--clip", type=number(float, 1e-6), help="largest gradient norm; inf: no limit")
     g.add_argument("--out-dir", metavar="DIR")
     g.add_argument("--resume", action="store_true", help="go on from <out-dir>/ckpt.pt")
@@ -146,9 +144,9 @@ def resolve(args, saved):
         args.beta, args.separate = 0.0, 0.0  # they need an anatomy stream
     if args.dim % args.heads:
         raise InputError(f"--dim {args.dim} must be a multiple of --heads {args.heads}")
-    if args.recipe == "paper" and args.data == "mimic" and args.triplets is None:
-        raise InputError("--recipe paper takes RadGraph's triplets: name its .json or the folder "
-                         "of the published matrix by --triplets, or say --triplets rules")
+    if args.recipe != "ours" and args.data == "mimic" and args.triplets is None:
+        raise InputError(f"--recipe {args.recipe} takes RadGraph's triplets: name its .json or the "
+                         "folder of the published matrix by --triplets, or say --triplets rules")
     return args
 
 
@@ -212,8 +210,8 @@ def build_model(queries, table, rows, args):
 
 
 def build_optimizer(parameters, args):
-    decays = [p for p in parameters if p.dim() >= 2 or args.decay == "all"]
-    spared = [p for p in parameters if p.dim() < 2 and args.decay != "all"]  # biases and norms
+    decays = [p for p in parameters if p.dim() >= 2]
+    spared = [p for p in parameters if p.dim() < 2]  # biases and norms, as released
     return torch.optim.AdamW([{"params": decays, "weight_decay": args.weight_decay},
                               {"params": spared, "weight_decay": 0.0}], lr=args.lr, fused=True)
 
