@@ -171,15 +171,17 @@ def load(dataset, root=None, size=256, views=None, cache_dir=None, workers=None,
 
 
 def draw_synthetic(root, workers, count=12_500):
-    """12,500 phantoms of 64 pixels, 10,000 of them for training."""
+    """12,500 phantoms of 64 pixels, 8 of 10 patients for training."""
     import phantom  # here, because only a first run needs it
     print(f"drawing {count:,} synthetic radiographs into {root} (once)", file=sys.stderr)
     draft = f"{root}.{os.getpid()}"  # so a set that was drawn halfway is never taken for a whole
     try:
         phantom.write("mimic", draft, count, workers=workers)
         os.rename(draft, root)
-    except OSError:  # another process has drawn the same set in the meantime
+    except OSError as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if not os.path.isdir(root):  # else another process has drawn the same set meanwhile
+            raise InputError(f"cannot draw into {root} ({error.strerror})") from None
 
 
 # ---------------------------------------------------------------------------- batches, augmentation

@@ -9,7 +9,8 @@ the swap test and counterfactual films. N films, L labels, n anatomies, m pathol
 import numpy as np
 from sklearn.metrics import silhouette_score
 
-from formats.chest import LUNG_ZONES, PATCHES, draw_film, stream
+from formats.chest import LUNG_ZONES, PATCHES, draw_film
+from formats.chest import stream as random_numbers
 from metrics import classification_scores, mean_or_none, probe
 
 STAGES = ("raw_features", "pathology_features", "anatomy_features", "pathology_tokens",
@@ -23,7 +24,8 @@ def pooled(stage, x):
 
 def cka(x, y):
     """Linear CKA of x [N,D] and y [N,E] (Kornblith et al. 2019): 1 if one is the other but for a
-    rotation and a scale, near 0 if no direction of one follows from the other."""
+    rotation and a scale, near 0 if no direction of one follows from the other and films are
+    many (`permuted` shows how many are enough)."""
     x, y = x - x.mean(0), y - y.mean(0)
     shared = np.linalg.norm(x.T @ y) ** 2
     return float(shared / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
@@ -88,7 +90,7 @@ def counterfactual_films(size, count=100):
     another lesion at its place, the same film with the lesion elsewhere; the next film."""
     films = []
     for seed in range(count):
-        rng = stream("counterfactual", seed)
+        rng = random_numbers("counterfactual", seed)
         what, other = rng.sample([*PATCHES, "nodule"], 2)
         where, elsewhere = rng.sample(LUNG_ZONES, 2)
         for finding in ((what, where), (other, where), (what, elsewhere)):
@@ -124,7 +126,7 @@ def separation(stages, asked, labels, pairs, seed, patients, relate=None):
     probes of labels [N,L] and of the places of pairs [N,n,m], silhouettes of `clouds_of`, CKA of
     the streams, and the swap test. stages: {name: `pooled` output of the network}; asked: {label:
     its query}. Without pairs there are no places, without `relate` no swap test."""
-    # the mean over queries is as wide as a token, so that all probes of a stream see D numbers
+    # the mean over queries is as wide as a token: both probes see D numbers, those of features C
     means = {stage: x.mean(1) if x.ndim == 3 else x for stage, x in stages.items()}
     logits = means.pop("pathology_logits")[:, list(asked.values())]             # [N,L]
     scores, targets = {}, {"pathology": labels}

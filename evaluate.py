@@ -5,7 +5,8 @@
     python evaluate.py --task grounding      # the phantoms, after `python train.py`; a minute
 
 A task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
-labels of each image) and .png. N images, L labels, S stored pixels. Differs from the released code:
+labels of each image) and .png; predict writes a picture only. N images, L labels, S stored pixels.
+Differs from the released code:
 - Thresholds come from validation where it has any labels. For classification the best ones on the
   test set, as reported in this literature, stand beside them (customary). --protocol published
   adds scores by the released rules, on our forward pass: the released grounding script leaves out
@@ -120,6 +121,7 @@ def classification(args, model, table, rows):
 
     truth, scores = answers(rows)
     held, patients = table.rows("validate")[:args.limit], np.array(table.patients)[rows]
+    held = held[(table.labels[held] >= 0).any(1)]
     thresholds, source, lines = np.full(len(names), None), args.split, {}  # None: the best here
     if len(held):
         thresholds, source = metrics.best_thresholds(*answers(held)), "validate"
@@ -294,6 +296,7 @@ def embedding(args, model, table, rows):
     untrained.start_from(torch.cat(texts), 0.1, 0.1)
     result, networks, seen = {"n": len(rows)}, {"trained": model, "untrained": untrained}, {}
     if hasattr(model, "mask"):
+        # the trained weights, each stream given half of I^raw: what is kept apart without the mask
         networks["M = 0.5"] = load_model(args.checkpoint, args.device).requires_grad_(False)
         networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
     films = disentangle.counterfactual_films(table.size) if args.dataset == "synthetic" else ()
@@ -363,6 +366,7 @@ def main(args):
     if args.task == "predict":
         return predict(args, model)
     table = data.load_from_args(args, args.image_size, model=model)
+    table.hidden = set(filter(None, model.args.get("hold_out", "").split(",")))  # of train.py
     if table.equalized:
         print("DICOM files are histogram-equalised, as MIMIC-CXR-JPG's were (--equalize off: not)")
     rows = table.rows(args.split)[:args.limit]

@@ -1,4 +1,4 @@
-"""Fine-tune the image encoder on the labels or masks of 1, 10 or 100 % of a data set (Table V).
+"""What is the encoder worth? A new head on it, from 1, 10 or 100 % of a data set (Table V).
 
     python finetune.py --task segmentation --dataset siim --ratio 0.1 --seeds 3
     python finetune.py --task classification --dataset nih --init random --unfreeze
@@ -11,11 +11,12 @@ learned and scored at the image size.
 Differs from the paper and the released code:
 - The encoder is frozen as in the paper, batch norm too (released: trained along). Its features are
   standardised for classification, so that one learning rate suits an encoder of any scale.
-- By `--protocol honest` the validation part chooses the epoch and the thresholds, and --ratio is of
-  the patients, each class in proportion. `published`, for Table V: all images outside the test
-  split are learned from (NIH: all of train_val_list.txt), --ratio is of images at random, and the
-  test split chooses, as released, which makes the scores too good. It chooses by the loss
-  (released: by AUROC), and features are those of layer3 (released: of an untrained layer4).
+- By `--protocol honest` the validation part chooses the epoch and the thresholds of labels (masks:
+  0.5), and --ratio is of the patients, each class in proportion. `published`, for Table V: all
+  images outside the test split are learned from (NIH: all of train_val_list.txt), --ratio is of
+  images at random, and the test split chooses, as released, which makes the scores too good. It
+  chooses by the loss (released: by AUROC), and features are those of layer3 (released: of an
+  untrained layer4).
 - dice is a mean over test images with a mask; dice_all, as published, over all, where an empty
   mask left empty counts 1: 0.778 on SIIM for a network that never finds anything.
 """
@@ -37,7 +38,7 @@ import data
 import figures
 from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, print_table, run
-from metrics import (best_dice_threshold, classification_scores, mask_scores, nearest,
+from metrics import (best_dice_threshold, best_thresholds, mask_scores, nearest,
                      scores_with_intervals)
 from model import Residual, build_backbone
 from train import learning_rate
@@ -293,9 +294,7 @@ def score(args, net, labels, train, held, test):
     truth, answers = targets.numpy(), logits.sigmoid().numpy()                  # [N,L] or [N,s,s]
     if args.task == "classification":
         held_logits, held_labels = outputs(net, held, args)
-        best = classification_scores(held_labels, held_logits.sigmoid(), names=labels)["threshold"]
-        # a label that all held images show, or none, has no best threshold
-        thresholds = [0.5 if best[name] is None else best[name] for name in labels]
+        thresholds = best_thresholds(held_labels.numpy(), held_logits.sigmoid().numpy())    # [L]
         scores = scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
                                        test.patients)
         lines = {"thresholds as chosen": scores, "thresholds best on test": scores["customary"]}

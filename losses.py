@@ -4,8 +4,8 @@
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
 y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned. medslip_loss turns -1 into 0
-unless unmentioned="ignore". A -1 that is left counts in no loss, but ProtoCL may draw it as a
-negative: there everything that is not present is one, with both settings.
+unless unmentioned="ignore". Then a -1 is in no term of Eqs. 2 and 6. ProtoCL draws its negatives
+from everything that is not present, so also from -1, with both settings.
 
 Differs from the paper:
 - ProtoCL compares Z_2 with the frozen text vectors themselves (as released); the paper's T have
@@ -23,7 +23,8 @@ import torch.nn.functional as F
 
 
 def image_labels(existence):
-    """[B,n,m] -> (pathology [B,m], anatomy [B,n]): 1 present or else 0 denied anywhere, else -1."""
+    """[B,n,m] -> (pathology [B,m], anatomy [B,n]): 1 if present anywhere, else 0 if
+    denied anywhere, else -1."""
     def over(dim):
         present, denied = (existence == 1).any(dim), (existence == 0).any(dim)
         return torch.where(present, 1, torch.where(denied, 0, -1))
@@ -36,7 +37,8 @@ def masked_mean(values, keep):
 
 
 def existence_loss(logits, labels):
-    """Eq. 2: binary cross-entropy of logits [B,q] with labels [B,q] in {1,0,-1}; -1 is ignored."""
+    """Eq. 2: binary cross-entropy of logits with labels of the same shape in {1,0,-1}, [B,q] or
+    [B,n,m]; -1 is ignored."""
     bce = F.binary_cross_entropy_with_logits(
         logits.float(), (labels == 1).float(), reduction="none")                # [B,q] Eq. 2
     return masked_mean(bce, (labels == 0) | (labels == 1))

@@ -9,13 +9,13 @@ One letter per axis, here and in every other file:
     D embedding width   T text vector width   q queries of a stream (m or n)   k concepts, prompts
 
 Differs from the paper:
-- Eq. 5 puts a bare cosine through a sigmoid, which confines every probability to 0.27..0.73, while
-  a few cells in a thousand are positive. Here the cosine has a learned scale and bias
+- Eq. 6 puts the bare cosine of Eq. 5 through a sigmoid, which confines every probability to
+  0.27..0.73, while few cells are positive. Here the cosine has a learned scale and bias
   (`icl="bare"` is the printed form).
 - `existence="evidence"` takes the existence logit from the scores of the first layer over the
   image's cells, and the map is the derivative of the logit (see `Stream.evidence`). The paper
   has a linear layer on the queried embedding: `existence="embedding"`.
-- Tokens may carry a fixed 2-D position embedding (`position`, on in the CPU preset).
+- A fixed 2-D position embedding may be added to I^raw (`position`, on in the CPU preset).
 Differs from the released code:
 - The mask passes a sigmoid as in the paper; released: no activation (`mask="linear"`).
 - ICL has the paper's projections Z1; released: a plain dot product (`icl="dot"`).
@@ -42,7 +42,7 @@ class MeDSLIPConfig:
     heads: int = 4
     text_dim: int = 768         # T
     dropout: float = 0.1
-    position: bool = False      # 2-D position embedding on the tokens
+    position: bool = False      # 2-D position embedding added to I^raw
     streams: str = "dual"       # dual | single (no mask, no anatomy stream: MedKLIP)
     mask: str = "sigmoid"       # sigmoid | linear | none | hard (0 or 1, straight-through)
     icl: str = "cosine"         # cosine (learned scale, bias) | bare (as printed) | dot (released)

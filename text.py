@@ -269,7 +269,7 @@ def read_pathology_book(path):
 
 
 def pathology_prompts(names, book=None):
-    """One sentence per name: our definition, or that of `book`, a file; else by a template."""
+    """One prompt per name: our definition, or that of `book`, a file; else by a template."""
     definitions = read_pathology_book(book) if book else DEFINITIONS
     prompts = []
     for name in names:

@@ -84,11 +84,11 @@ def parse_args(argv=None):
     g.add_argument("--layers", type=number(int, 1), help="of each query network")
     g.add_argument("--heads", type=number(int, 1), help="of its attention")
     g.add_argument("--dropout", type=number(float, 0, 0.99))
-    g.add_argument("--position", choices=["none", "sincos"], help="embedding on the image tokens")
+    g.add_argument("--position", choices=["none", "sincos"], help="embedding added to I^raw")
     g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: by their width")
     g = p.add_argument_group("ablation (Table VI, and where paper and released code differ)")
     g.add_argument("--recipe", choices=["ours", "paper", "released"], help="a column of RECIPES")
-    g.add_argument("--streams", choices=["dual", "single"], help="DIS; single: MedKLIP")
+    g.add_argument("--streams", choices=["dual", "single"], help="single: without DIS")
     g.add_argument("--contrast", choices=["prototype", "random", "none"], help="PCL")
     g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1; roco 0.1)")
     g.add_argument("--beta", type=number(float, 0), help="weight of ICL (1; synthetic 10)")
@@ -128,6 +128,8 @@ def resolve(args, saved):
     """Fills in `args`: flags given, else the resumed run's, else recipe and preset."""
     # what was left out is None, or False for a flag without a value
     flags = {k: v for k, v in vars(args).items() if v is not None and v is not False}
+    if saved and flags.get("amp") == "auto":
+        del flags["amp"]  # it was measured at the start of the run
     for k, v in flags.items():
         if k in saved and k not in FREE and saved[k] != v:
             raise InputError(f"--resume cannot change --{k.replace('_', '-')} from {saved[k]} to "
@@ -162,7 +164,7 @@ def learning_rate(step, warmup_steps, total_steps, lr, min_lr):
 
 def released_rate(step, per_epoch, epochs, lr, min_lr):
     """The released schedule: five steps up to `lr` in the first 500 iterations, whatever the length
-    of an epoch; from epoch 1 on a cosine that is read at the start of each epoch."""
+    of an epoch, which may cut them off; from epoch 1 on a cosine, read at the start of an epoch."""
     epoch = step // per_epoch
     if epoch == 0:
         return min_lr + (lr - min_lr) * min(step // 100, 5) / 5
@@ -178,8 +180,9 @@ def prepare(args, saved, rank, world):
         raise InputError(f"no training image of {table.root} has a report with a usable triplet; "
                          "see --data and --triplets")
     table.hidden = set(filter(None, args.hold_out.split(",")))
-    if not table.hidden <= set(table.names):
-        raise InputError(f"--hold-out {args.hold_out}: the reports know {', '.join(table.names)}")
+    known = {table.names[i] for i in np.unique(table.flat[:, 0])}  # flat [.,3]: pathologies first
+    if not table.hidden <= known:
+        raise InputError(f"--hold-out {args.hold_out}: the reports know {', '.join(sorted(known))}")
     queries = saved.get("queries") or build_queries(table, args)
     if world > 1 and rank == 0:
         torch.distributed.barrier()
@@ -187,7 +190,7 @@ def prepare(args, saved, rank, world):
 
 
 def build_model(queries, table, rows, args):
-    """A MeDSLIP at its start. Unless --init-std is given, see `MeDSLIP.start_from`."""
+    """A MeDSLIP at its start; with --init-std 0 see `MeDSLIP.start_from`."""
     torch.manual_seed(args.seed)  # so all processes start from the same weights
     text = torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]])  # [m+n,T]
     model = MeDSLIP(MeDSLIPConfig(
