@@ -70,7 +70,7 @@ def parse_args(argv=None):
 def read_model(args):
     """The checkpoint. A published one stores no queries and is asked the published vocabulary."""
     model = load_model(args.checkpoint, args.device).requires_grad_(False)
-    args.image_size = args.image_size or model.config.image_size
+    args.image_size = args.image_size or model.config.image_size  # pixels that it was trained at
     if model.queries is None:
         if not args.pathology_book:
             print("asked in our own words; --pathology-book takes the published ones")
@@ -87,13 +87,13 @@ def ask(args, model, images, rows, texts, pick):
         with torch.inference_mode():
             x = data.to_input(batch, args.image_size)  # [B,3,H,W]
             picked = pick(model(x, *texts, need_attention=True))
-        parts.append([tensor.cpu().numpy() for tensor in picked])
+        parts.append([tensor.cpu().numpy() for tensor in picked])  # memory of one batch at a time
     return [np.concatenate(part) for part in zip(*parts)]
 
 
 def maps_of(args, out):
     """[B,m,h,w] by --attention."""
-    own = args.attention == "own" and out.pathology_evidence is not None
+    own = args.attention == "own" and out.pathology_evidence is not None  # else the mean attention
     return (out.pathology_evidence if own else out.pathology_attention).double()
 
 
@@ -104,7 +104,7 @@ def pairs_of(model, out, anatomy_text):
     places = (out.pathology_z @ anatomy_text.T).transpose(1, 2).double()
     if model.config.streams == "dual" and model.args.get("beta", 1) > 0:
         return existence, places, out.relation_logits.double().sigmoid()
-    return existence, places, existence[:, None] * places.softmax(1)
+    return existence, places, existence[:, None] * places.softmax(1)  # [B,m], [B,n,m], [B,n,m]
 
 
 def classification(args, model, table, rows):
@@ -119,7 +119,7 @@ def classification(args, model, table, rows):
         pick = lambda out: [out.pathology_logits[:, asked].double().sigmoid()]
         return table.labels[rows], *ask(args, model, table.images, rows, texts, pick)
 
-    truth, scores = answers(rows)
+    truth, scores = answers(rows)  # both [N,L]
     held, patients = table.rows("validate")[:args.limit], np.array(table.patients)[rows]
     held = held[(table.labels[held] >= 0).any(1)]
     thresholds, source, lines = np.full(len(names), None), args.split, {}  # None: the best here
@@ -153,7 +153,7 @@ Finding = namedtuple("Finding", "row label film mask cells heat")  # [S,S]; cell
 def masks_of(table, row):
     """[(label, bool [S,S])]: what masks, or else boxes, locate in an image."""
     masks = [(label, table.mask(row, label)) for label in table.located(row)]  # [H,W] each
-    masks = [(label, nearest(mask, table.size, table.size)) for label, mask in masks]
+    masks = [(label, nearest(mask, table.size, table.size)) for label, mask in masks]  # [S,S]
     return [(label, mask) for label, mask in masks if mask.any()]
 
 
@@ -164,7 +164,7 @@ def locate(args, model, table, rows, texts, columns):
         maps, = ask(args, model, table.images, rows, texts,
                     lambda out: [maps_of(args, out)[:, list(columns.values())]])  # [N,L,h,w]
     for k, row in enumerate(rows):
-        cells = dict(zip(columns, maps[k]))
+        cells = dict(zip(columns, maps[k]))  # {label: [h,w]}
         for label, mask in masks_of(table, row):
             found.append(Finding(row, label, table.images[row], mask, cells[label],
                                  metrics.upsample_map(cells[label], *mask.shape, args.image_size,
@@ -174,9 +174,9 @@ def locate(args, model, table, rows, texts, columns):
 
 def grounding(args, model, table, rows):
     """Where are the present findings (Table IV, Fig. 7)? Beside trivial answers."""
-    held, labels = table.rows("validate")[:args.limit], {}
+    held, labels = table.rows("validate")[:args.limit], {}  # {label: its name in the vocabulary}
     known = dict(zip(table.label_names, table.label_pathologies))
-    for row in (*held, *rows):
+    for row in (*held, *rows):  # also those that only validation has
         labels |= {label: known.get(label, label) for label in table.located(row)}
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     found = locate(args, model, table, rows, texts, columns)
@@ -188,10 +188,10 @@ def grounding(args, model, table, rows):
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
     drawn = []
     for row in table.rows("train")[:2000]:  # enough for a mean
-        drawn += masks_of(table, row)
-    each = metrics.compare(found, metrics.fixed_answers(drawn), threshold)
+        drawn += masks_of(table, row)  # [(label, bool [S,S])]
+    each = metrics.compare(found, metrics.fixed_answers(drawn), threshold)  # trivial answers beside
     patients = np.array(table.patients)[[f.row for f in found]]  # [findings]
-    drops = faithfulness(args, model, table, found, texts, columns)
+    drops = faithfulness(args, model, table, found, texts, columns)  # is the map what is used?
     result = {**metrics.grounding_summary(found, each, patients, args.bootstrap, args.seed),
               "faithfulness": drops, "threshold": threshold, "threshold_from": source,
               "attention": args.attention, "not_trained_on": unseen}
@@ -218,13 +218,13 @@ def faithfulness(args, model, table, found, texts, columns):
     for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten images each
         film = data.to_input(torch.tensor(f.film)[None], size)[0]  # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
-        films = [film]
+        films = [film]  # the whole film first
         for gone in metrics.deletions(f.cells, f.mask, size, model.cell_centres(), rng, counts):
             films.append(torch.where(torch.from_numpy(gone), blurred, film))
         logits = model(torch.stack(films).to(args.device), *texts).pathology_logits
         logits = logits[:, columns[f.label]].double().cpu().numpy()  # [1 + 9]
         drops.append((logits[0] - logits[1:]).reshape(len(counts), len(ways)))  # [3,3]
-    mean = np.mean(drops, axis=0).tolist()
+    mean = np.mean(drops, axis=0).tolist()  # [3,3], counts by ways
     return {str(k): dict(zip(ways, drop)) for k, drop in zip(counts, mean)}
 
 
@@ -237,7 +237,7 @@ def pair_truth(args, model, table, rows):
         return names, truth, "what was drawn"
     if not table.has_reports:
         raise InputError(f"{args.dataset} has no reports, so no pairs; try synthetic or mimic")
-    truth = np.maximum(table.existence(rows, *names), 0)
+    truth = np.maximum(table.existence(rows, *names), 0)  # -1, not mentioned, is absent
     return names, truth, "the reports, not mentioned = absent"
 
 
@@ -250,7 +250,7 @@ def relation(args, model, table, rows):
     train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
     positive = sum(table.existence([i], *names)[0] == 1 for i in train)  # [n,m]
     often = np.broadcast_to(positive / max(len(train), 1), truth.shape)  # [N,n,m]
-    partner = {name: i for i, name in enumerate(names[1])}
+    partner = {name: i for i, name in enumerate(names[1])}  # {anatomy: its row}
     mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])  # [n]
     answers = {"model": pairs, "cell frequencies in train": often,
                "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
@@ -286,14 +286,14 @@ def embedding(args, model, table, rows):
     labels = dict(zip(table.label_names, table.label_pathologies))
     if len(rows) < 20 or len(labels) < 2:
         raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
-    rows = np.random.default_rng(args.seed).permutation(rows)[:1000]
-    patients = np.array(table.patients)[rows]
+    rows = np.random.default_rng(args.seed).permutation(rows)[:1000]  # t-SNE of more takes minutes
+    patients = np.array(table.patients)[rows]  # probes keep them apart
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
     asked, labels = {label: columns[label] for label in labels}, table.labels[rows]  # [N,L]
     pairs = pair_truth(args, model, table, rows)[1] if table.has_reports else None  # [N,n,m]
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # of the untrained weights
     untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
-    untrained.start_from(torch.cat(texts), 0.1, 0.1)
+    untrained.start_from(torch.cat(texts), 0.1, 0.1)  # as a training begins
     result, networks, seen = {"n": len(rows)}, {"trained": model, "untrained": untrained}, {}
     if hasattr(model, "mask"):
         # the trained weights, each stream given half of I^raw: what is kept apart without the mask
@@ -329,7 +329,7 @@ def predict(args, model):
     names, places = (model.queries[kind]["names"] for kind in ("pathology", "anatomy"))
     labels = dict(zip(names, names))
     if args.prompt:
-        labels[args.prompt] = None
+        labels[args.prompt] = None  # no name in the vocabulary: asked in these words
     texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
     if not args.image:
         raise InputError("--task predict needs --image FILE")
@@ -341,7 +341,7 @@ def predict(args, model):
         raise InputError(f"--image {args.image} is {trouble(args.image)}; name another") from None
     existence, _, pairs, maps = ask(args, model, squashed[None], [0], texts, lambda out: [
         *pairs_of(model, out, texts[1]), maps_of(args, out)])  # [1,m], [1,n,m], [1,m,h,w]
-    films = [{"film": film, "title": "as it is"}]
+    films = [{"film": film, "title": "as it is"}]  # beside the four answers
     # the user's own question first, then the likeliest
     for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[0, columns[k]]))[:8]:
         k = columns[label]
@@ -369,7 +369,7 @@ def main(args):
     table.hidden = set(filter(None, model.args.get("hold_out", "").split(",")))  # of train.py
     if table.equalized:
         print("DICOM files are histogram-equalised, as MIMIC-CXR-JPG's were (--equalize off: not)")
-    rows = table.rows(args.split)[:args.limit]
+    rows = table.rows(args.split)[:args.limit]  # numbers of the images
     if not len(rows):
         raise InputError(f"{args.dataset} has no {args.split} split; name another by --split")
     result, arrays, draw = TASKS[args.task](args, model, table, rows)
