@@ -181,20 +181,20 @@ def give_queries(model, pathology_book=None, encoder=None):
 def questions(model, labels, prompt=None, encoder=None):
     """How to ask for labels {label: its name in the vocabulary, or None}.
 
-    -> ([pathology text [m+k,T], anatomy text [n,T]], {label: its column}, the k labels without a
-    stored query). All stored queries are asked, because queries attend to each other; the k come
-    last, by `prompt` (for one label only) or by their definition.
+    -> ([pathology text [m+k,T], anatomy text [n,T]], {label: its column}, the labels without a
+    stored query). All stored queries are asked, because queries attend to each other. Last come
+    k new queries, of labels that have none, by their definition; `prompt` takes the place of the
+    definition, and of the stored query where there is only one label.
     """
     names = model.queries["pathology"]["names"]
     device = model.text_projection.weight.device
     texts = [model.queries[kind]["text"].to(device) for kind in ("pathology", "anatomy")]
     columns = {label: names.index(name) for label, name in labels.items() if name in names}
     unseen = [label for label in labels if label not in columns]
-    if prompt and len(labels) == 1:
-        unseen = list(labels)
-    if prompt and len(unseen) != 1:
-        raise InputError(f"--prompt is for one label, not for {unseen or 'none'}; leave it out")
-    for label in unseen:
+    anew = list(labels) if prompt and len(labels) == 1 else unseen
+    if prompt and len(anew) != 1:
+        raise InputError(f"--prompt is for one label, not for {anew or 'none'}; leave it out")
+    for label in anew:
         said = prompt or text.LABEL_DEFINITIONS.get(label)
         said = said or text.pathology_prompts([labels[label] or label])[0]
         columns[label] = len(texts[0])

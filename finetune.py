@@ -57,7 +57,7 @@ PROTOCOLS = {  # splits to learn from, to choose epoch and thresholds by, and to
     "published": (["train", "validate"], ["test"], ["test"])}
 CHANNELS = {  # of the maps at 1/2, 1/4, 1/8, 1/16 of the image's size
     "small": (32, 96, 96, 96), "resnet18": (64, 64, 128, 256), "resnet50": (64, 256, 512, 1024)}
-MIN_LR, WEIGHT_DECAY = 1e-5, 5e-4  # Table II; the rate rises from MIN_LR to --lr and falls again
+MIN_LR, WEIGHT_DECAY = 1e-5, 5e-4  # Table II; the rate goes from MIN_LR to --lr and back
 MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray": "lung"}
 
 
