@@ -59,7 +59,7 @@ class Table:
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
         self.splits[state != READY] = "skipped"
         self.boxes, self.masks = [i.boxes for i in items], [i.masks for i in items]
-        self.absent = [i.absent for i in items]  # labels without a mask that are not there
+        self.absent = [i.absent for i in items]  # labels that are absent if unmasked
         self.drawn = [[Triplet(*pair, 1) for pair in i.truth] for i in items]  # phantoms only
         self.names, self.start = reports["names"].tolist(), reports["start"]    # start [N+1]
         self.flat, self.reports_read = reports["cells"], reports["read"]        # [cells,3], [N]

@@ -24,8 +24,8 @@ def pooled(stage, x):
 
 def cka(x, y):
     """Linear CKA of x [N,D] and y [N,E] (Kornblith et al. 2019): 1 if one is the other but for a
-    rotation and a scale, near 0 if no direction of one follows from the other and films are
-    many (`permuted` shows how many are enough)."""
+    rotation and a scale, near 0 if no direction of one follows from the other. Few films give
+    more than 0 by chance: compare with `permuted`."""
     x, y = x - x.mean(0), y - y.mean(0)
     shared = np.linalg.norm(x.T @ y) ** 2
     return float(shared / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))

@@ -199,7 +199,8 @@ def grounding(args, model, table, rows):
     print(f"regions above {threshold:.2g} of the maximum (from {source}); worst class: "
           f"{result['worst']['name']}\n")
     if args.protocol == "published":
-        result["published"] = metrics.released_regions(found)
+        result["published"] = {"pointing_released": result["pointing_released"],
+                               **metrics.released_regions(found)}
     print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
     arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found]}
     for key in SCORES:

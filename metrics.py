@@ -259,9 +259,7 @@ def released_regions(found):
             dice.append(dice_of(region[None], f.mask[None])[0])
         dice = np.array(dice)                                                   # [findings]
         scores |= {f"dice_{name}": dice.mean(), f"iou_{name}": (dice / (2 - dice)).mean()}
-    points = [points_at(nearest(f.cells, *f.mask.shape), hit_regions(f.mask, *f.cells.shape))
-              for f in found]
-    return scores | {"pointing_released": np.mean([p["pointing_released"] for p in points])}
+    return scores
 
 
 def fixed_answers(drawn):

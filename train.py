@@ -6,8 +6,10 @@
 
 Dropout and drawn negatives depend on (seed, step, part of the batch) alone, the order of the images
 on (seed, epoch), their augmentation on (seed, epoch, row). So a resumed run repeats an
-uninterrupted one (on a CPU to the last bit), and two processes learn what one with `--accumulate 2`
-does. RECIPES lists what `--recipe` changes; the other files say at their top where they differ.
+uninterrupted one (on a CPU to the last bit), and two processes learn the weights that one learns
+with `--accumulate 2`; the running statistics of batch norm are those of the first process.
+`--recipe` sets the rows of RECIPES, and alpha and beta to 1 unless it is `ours`. The other files
+say at their top where they differ from paper and released code.
 """
 import json
 import math
