@@ -298,8 +298,8 @@ def add_data_flags(parser):
     group.add_argument("--cache-dir", help="where prepared images go (default: inside the root)")
     group.add_argument("--views", choices=("frontal", "all"), help="default: frontal for chexpert, "
                        "openi and covid-chestxray, else all")
-    group.add_argument("--uncertain", choices=("ignore", "zeros", "ones", "gloria"),
-                       help="what uncertain labels count as (ignore); gloria: its choice per label")
+    group.add_argument("--uncertain", choices=("ignore", "zeros", "ones"),
+                       help="what uncertain labels count as (ignore)")
     group.add_argument("--labels", choices=("chexpert", "negbio", "manual"),
                        help="label file of mimic (chexpert); manual: by radiologists")
     group.add_argument("--triplets", help="rules (default), a RadGraph .json, or the folder of "

@@ -228,12 +228,11 @@ class Stream(nn.Module):
 # -------------------------------------------------------------------------------------- whole model
 
 class MeDSLIP(nn.Module):
-    queries = None  # load_model sets it: text encoder; names, prompts and vectors of both sets
-    args = {}       # load_model sets it: the training flags
-
     def __init__(self, config):
         super().__init__()
         self.config = config
+        # load_model sets them: encoder, names, prompts and vectors of the queries; training flags
+        self.queries, self.args = None, {}
         assert config.dim % config.heads == 0, f"dim {config.dim}, heads {config.heads}"
         self.backbone, channels, self.stride, self.centre = build_backbone(config.backbone)
         self.text_projection = nn.Linear(config.text_dim, config.dim)  # h_T, shared by the streams

@@ -8,8 +8,8 @@ Dropout and drawn negatives depend on (seed, step, part of the batch) alone, the
 on (seed, epoch), their augmentation on (seed, epoch, row). So a resumed run repeats an
 uninterrupted one (on a CPU to the last bit), and two processes learn the weights that one learns
 with `--accumulate 2`; the running statistics of batch norm are those of the first process.
-`--recipe` sets the rows of RECIPES, and alpha and beta to 1 unless it is `ours`. The other files
-say at their top where they differ from paper and released code.
+`--recipe` sets the rows of RECIPES. The other files say at their top where they differ from paper
+and released code.
 """
 import json
 import math
@@ -39,13 +39,27 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "icl":         ("bare", "dot", "cosine"),           # Eq. 5; the dot starts ICL at about 76
     "existence":   ("embedding", "embedding", "evidence"),  # Eq. 2; ours: see model.Stream
     "unmentioned": ("negative", "ignore", "negative"),  # Sec. II-A, end
-    "flip":        ("naive", "naive", "swap"),          # paper: silent; 25 of 51 places have a side
     "proto_from":  ("dropped", "dropped", "queried"),   # paper: silent; I_q after or before dropout
+    "place_words": ("published", "published", "ours"),  # "left_pleural", "the left pleural space"
+    "flip":        ("naive", "naive", "swap"),          # paper: silent; 25 of 51 places have a side
+    "crop":        (0.2, 0.2, "preset"),                # paper: silent; smallest area
+    "augment_ops": (2, 2, "preset"),                    # paper: silent; see released_operation
     "init_std":    (0.02, 0.02, 0.0),                   # paper: silent; 0: by width, see model.py
     "schedule":    ("smooth", "released", "smooth"),    # Table II: cosine, 5 epochs of warm-up
     "clip":        (math.inf, math.inf, 1.0),           # paper: silent; 1.0 for safety
     "amp":         ("off", "off", "auto"),              # paper: silent; released: fp32
-    "place_words": ("published", "published", "ours"),  # "left_pleural", "the left pleural space"
+    "alpha":       (1.0, 1.0, "preset"),                # Table II; preset: by the data, see below
+    "beta":        (1.0, 1.0, "preset"),
+}
+FIXED = {  # what no flag of this file changes: paper, released, here in every recipe
+    "triplets": ("RadGraph's", "RadGraph's", "by rules, or as --triplets says"),
+    "places n": ("50", "51", "51, or as --queries says"),
+    "denominator of Eq. 4": ("negatives", "prototype and negatives", "prototype and negatives"),
+    "mean of Eq. 6 over": ("all cells", "mentioned cells", "as --unmentioned says"),
+    "last LayerNorm": ("silent", "shared by the streams", "one per stream"),
+    "prompts cut at": ("silent", "128 tokens, in tests 64", "the encoder's limit"),
+    "weight decay of biases and norms": ("silent", "none", "none"),
+    "a batch of 64 is that of": ("silent", "each process", "all processes"),
 }
 PAPER = dict(  # Table II and Sec. III-B; the released augmentation, dropout, layers and heads
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
@@ -139,9 +153,8 @@ def resolve(args, saved):
     data, recipe = flags.get("data", "synthetic"), flags.get("recipe", "ours")
     column = ["paper", "released", "ours"].index(recipe)
     defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER) | {
-        "data": data, "recipe": recipe, **{flag: row[column] for flag, row in RECIPES.items()}}
-    if recipe != "ours":
-        defaults |= {"alpha": 1.0, "beta": 1.0}  # Table II
+        "data": data, "recipe": recipe}
+    defaults |= {k: row[column] for k, row in RECIPES.items() if row[column] != "preset"}
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
     vars(args).update(defaults | kept | flags)  # the last one counts
     if args.streams == "single":
@@ -214,13 +227,6 @@ def build_model(queries, table, rows, args):
     return model
 
 
-def build_optimizer(parameters, args):
-    decays = [p for p in parameters if p.dim() >= 2]
-    spared = [p for p in parameters if p.dim() < 2]  # biases and norms, as released
-    return torch.optim.AdamW([{"params": decays, "weight_decay": args.weight_decay},
-                              {"params": spared, "weight_decay": 0.0}], lr=args.lr, fused=True)
-
-
 @torch.inference_mode()
 def validate(model, table, queries, args, autocast):
     """Macro AUROC of pathology existence by the validation reports; 0 where there are none."""
@@ -276,7 +282,10 @@ def main(args):
         model = torch.nn.parallel.DistributedDataParallel(
             model, [device.index] if device.type == "cuda" else None)  # None: on CPUs
     parameters = list(raw_model.parameters())
-    optimizer = build_optimizer(parameters, args)
+    optimizer = torch.optim.AdamW([
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],  # biases, norms
+        lr=args.lr, fused=True)
     step, best = saved.get("step", 0), saved.get("best", {"auroc": 0.0, "epoch": 0.0})
     if saved:
         raw_model.load_state_dict(saved["model"])

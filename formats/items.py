@@ -51,11 +51,7 @@ def settle_labels(items, names, uncertain):
     doubtful = labels == -1                                                     # [N,L]
     labels[labels == UNKNOWN] = -1
     labels[labels == BLANK] = 0
-    for column, name in enumerate(names):
-        gloria = {"Atelectasis": 1, "Edema": 1, "Pleural Effusion": 1, "Cardiomegaly": 0,
-                  "Consolidation": 0}.get(name, -1)  # as in GLoRIA and MGCA
-        value = {"ignore": -1, "zeros": 0, "ones": 1, "gloria": gloria}[uncertain]
-        labels[doubtful[:, column], column] = value
+    labels[doubtful] = {"ignore": -1, "zeros": 0, "ones": 1}[uncertain]
     return labels
 
 
