@@ -111,6 +111,16 @@ def locate(path_or_hub_id):
     return files[0]
 
 
+def copy_weights(path, model):
+    """Give a model the weights of another checkpoint, of a network of the same sizes."""
+    try:
+        model.load_state_dict(load_model(path).state_dict())
+    except RuntimeError as error:  # it names each tensor at fault
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{path} is a network of other sizes ({reason}); train one with the same "
+                         "flags of the model") from None
+
+
 def training_state(path):
     """The checkpoint that train.py --resume goes on from."""
     saved = read_checkpoint(path)

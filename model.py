@@ -258,6 +258,7 @@ class MeDSLIP(nn.Module):
             if std and isinstance(module, Attention):  # as nn.MultiheadAttention starts them
                 nn.init.zeros_(module.in_proj.bias)
                 nn.init.zeros_(module.out_proj.bias)
+        return self
 
     @torch.no_grad()
     def start_from(self, text, pathology_rate, anatomy_rate):

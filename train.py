@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build_queries, training_state
+from checkpoint import build_queries, copy_weights, training_state
 from cli import (InputError, Parser, atomic, ignore_signals, join_processes, number, open_log,
                  pick_amp, run)
 from data import DATASETS, Batches, add_data_flags, load_from_args, normalise, to_input
@@ -49,7 +49,7 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "clip":        (math.inf, math.inf, 1.0),           # paper: silent; 1.0 for safety
     "amp":         ("off", "off", "auto"),              # paper: silent; released: fp32
     "alpha":       (1.0, 1.0, "preset"),                # Table II; preset: by the data, see below
-    "beta":        (1.0, 1.0, "preset"),
+    "beta":        (1.0, 1.0, "preset"),                # likewise
 }
 FIXED = {  # what no flag of this file changes: paper, released, here in every recipe
     "triplets": ("RadGraph's", "RadGraph's", "by rules, or as --triplets says"),
@@ -65,8 +65,8 @@ PAPER = dict(  # Table II and Sec. III-B; the released augmentation, dropout, la
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     alpha=1.0, beta=1.0, crop=0.2, augment_ops=2, queries="published", pathologies=75, anatomies=51,
-    text_encoder=CLINICAL_BERT, streams="dual", contrast="prototype",
-    separate=0.0, accumulate=1, hold_out="", seed=0, out_dir="out", log_every=20, save_every=1000)
+    text_encoder=CLINICAL_BERT, streams="dual", contrast="prototype", separate=0.0, accumulate=1,
+    hold_out="", start_from="", seed=0, out_dir="out", log_every=20, save_every=1000)
 SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a mean over 570 cells, a
     # few of them positive: with beta 1 it is learned too slowly
     epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.6, backbone="small", image_size=64, dim=96,
@@ -101,6 +101,7 @@ def parse_args(argv=None):
     g.add_argument("--heads", type=number(int, 1), help="of its attention")
     g.add_argument("--dropout", type=number(float, 0, 0.99))
     g.add_argument("--position", choices=["none", "sincos"], help="embedding added to I^raw")
+    g.add_argument("--start-from", metavar="FILE", help="weights to start from, of equal sizes")
     g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: by their width")
     g = p.add_argument_group("ablation (Table VI, and where paper and released code differ)")
     g.add_argument("--recipe", choices=["ours", "paper", "released"], help="a column of RECIPES")
@@ -178,8 +179,8 @@ def learning_rate(step, warmup_steps, total_steps, lr, min_lr):
 
 
 def released_rate(step, per_epoch, epochs, lr, min_lr):
-    """The released schedule: five steps up to `lr` in the first 500 iterations, whatever the length
-    of an epoch, which may cut them off; from epoch 1 on a cosine, read at the start of an epoch."""
+    """As released: five steps up in 500 iterations, which a short epoch cuts off; from epoch 1 on a
+    cosine, read at the start of each epoch."""
     epoch = step // per_epoch
     if epoch == 0:
         return min_lr + (lr - min_lr) * min(step // 100, 5) / 5
@@ -204,7 +205,7 @@ def prepare(args, saved, rank, world):
     return table, queries
 
 
-def build_model(queries, table, rows, args):
+def build_model(queries, names, table, rows, args):
     """A MeDSLIP at its start; with --init-std 0 see `MeDSLIP.start_from`."""
     torch.manual_seed(args.seed)  # so all processes start from the same weights
     text = torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]])  # [m+n,T]
@@ -213,10 +214,8 @@ def build_model(queries, table, rows, args):
         heads=args.heads, text_dim=text.shape[1], dropout=args.dropout,
         position=args.position == "sincos", streams=args.streams, mask=args.mask, icl=args.icl,
         existence=args.existence, proto_from=args.proto_from))
-    if args.init_std:
-        model.initialise(args.init_std)  # as released
-        return model
-    names = [queries[kind]["names"] for kind in ("pathology", "anatomy")]
+    if args.init_std:  # as released
+        return model.initialise(args.init_std)
     existence = torch.from_numpy(table.existence(rows[:2000], *names))          # [<=2000,n,m]
     rates = []
     for labels in image_labels(existence):                                      # [.,m], [.,n]
@@ -273,7 +272,7 @@ def main(args):
     total = min(args.epochs * per_epoch, args.max_steps or math.inf)
 
     # ---- model and optimizer; raw_model stays bare for saving and evaluation
-    raw_model = build_model(queries, table, batches.rows, args).to(
+    raw_model = build_model(queries, names, table, batches.rows, args).to(
         device, memory_format=torch.channels_last)
     if args.sync_batchnorm and device.type == "cuda":  # torch has it for GPUs only
         raw_model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(raw_model)
@@ -291,6 +290,8 @@ def main(args):
         raw_model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
+    elif args.start_from:
+        copy_weights(args.start_from, raw_model)
     if rank == 0:
         log = open_log(out_dir / "log.jsonl", step)
         print("  ".join(f"{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))

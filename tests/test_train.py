@@ -61,6 +61,17 @@ def test_loss_falls_and_files_are_complete(phantoms, tmp_path):
     assert load_model(tmp_path / "best.pt").queries["encoder"] == "hashing"
 
 
+def test_start_from_another_run(phantoms, tmp_path):
+    """The first step starts from the other run's weights; a network of other sizes is refused."""
+    first = run_here(phantoms, tmp_path / "first", "--max-steps", "3")
+    flags = ["--start-from", str(tmp_path / "first" / "ckpt.pt"), "--max-steps", "1"]
+    second = run_here(phantoms, tmp_path / "second", *flags, "--lr", "0", "--min-lr", "0")
+    assert all(torch.equal(first["model"][k], second["model"][k]) for k in first["model"]
+               if "running" not in k and "batches" not in k)  # those of batch norm move on
+    with pytest.raises(InputError, match="other sizes"):
+        run_here(phantoms, tmp_path / "third", *flags, "--dim", "32")
+
+
 def test_learning_rate():
     rates = [train.learning_rate(step, 4, 8, 1.0, 0.2) for step in range(9)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])  # up in equal steps
