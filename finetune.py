@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
@@ -40,7 +41,7 @@ from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, print_table, run
 from metrics import (best_dice_threshold, best_thresholds, mask_scores, nearest,
                      scores_with_intervals)
-from model import Residual, build_backbone
+from model import build_backbone
 from train import learning_rate
 
 # Flags left out: Table II, then a CPU's minutes. Epochs are added until there are min_steps steps.
@@ -181,7 +182,8 @@ class Decoder(nn.Module):
         for level in (3, 2, 1, 0):  # from coarse to fine
             width = widths[level]
             self.up.append(nn.Sequential(nn.Conv2d(channels[level] + below, width, 1, bias=False),
-                                         nn.BatchNorm2d(width), nn.ReLU(), Residual(width)))
+                                         nn.BatchNorm2d(width), nn.ReLU(),
+                                         BasicBlock(width, width)))
             below = width
         self.last = nn.Conv2d(below, 4, 1)  # one channel for each of the 4 pixels
 

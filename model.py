@@ -31,6 +31,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.resnet import BasicBlock
 
 
 @dataclass
@@ -74,20 +75,6 @@ class MeDSLIPOutput:
 
 # -------------------------------------------------------------------------------- image encoder E_I
 
-class Residual(nn.Module):
-    """Two 3x3 convolutions and a shortcut: the block of a ResNet-18 at constant width."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
-
-    def forward(self, x):
-        return F.relu(x + self.body(x))
-
-
 def halve(channels_in, channels_out):
     """A convolution of stride 2. Its even kernel centres output cell i between the pixels 2i and
     2i + 1, so that the cells tile the image evenly; an odd kernel would centre it on pixel 2i."""
@@ -103,7 +90,7 @@ def build_backbone(name):
     if name == "small":
         # A cell sees 26 pixels. With 50 a cell beside a lesion saw it too, and the maps pointed
         # there.
-        return nn.Sequential(halve(3, 32), halve(32, 96), Residual(96)), 96, 4, 1.5
+        return nn.Sequential(halve(3, 32), halve(32, 96), BasicBlock(96, 96)), 96, 4, 1.5
     resnet = getattr(torchvision.models, name)(weights=None)
     channels = {"resnet18": 256, "resnet50": 1024}[name]
     # conv1 bn1 relu maxpool layer1 layer2 layer3: published as res_features.0 .. res_features.6
