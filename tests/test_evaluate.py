@@ -155,8 +155,7 @@ def test_deleting_the_cells_that_matter_takes_the_logit_down():
     model.cell_centres = lambda: (1.5, 4)
     args = SimpleNamespace(seed=0, image_size=64, device="cpu")
     found = [evaluate.Finding(0, "square", film[0], film[0] > 0, cells, None)]
-    table, columns = SimpleNamespace(images=film), {"square": 0}
-    drops = evaluate.faithfulness(args, model, table, found, (), columns)
+    drops = evaluate.faithfulness(args, model, found, (), {"square": 0})
     assert drops["12"]["map"] == pytest.approx(drops["12"]["mask"])
     assert drops["12"]["map"] > 2 * drops["12"]["random"]
 
