@@ -16,13 +16,16 @@ from formats.chest import LUNG_ZONES, PATCHES, draw_film
 from formats.chest import stream as random_numbers
 from metrics import classification_scores, mean_or_none
 
-STAGES = ("raw_features", "pathology_features", "anatomy_features", "pathology_tokens",
-          "anatomy_tokens", "pathology_queried", "anatomy_queried", "pathology_logits")
-
-
-def pooled(stage, x):
-    """Features and tokens [N,h*w,D] -> their mean over the cells; everything else as it is."""
-    return x.mean(1) if stage.endswith(("features", "tokens")) else x
+def stages_of(out):
+    """{stage: [B,D], or [B,q,D] of the queries} of a model's output; features and tokens are means
+    over the cells. A single stream has no stages of anatomy."""
+    stages = {}
+    for name in ("raw_features", "pathology_features", "anatomy_features", "pathology_tokens",
+                 "anatomy_tokens", "pathology_queried", "anatomy_queried", "pathology_logits"):
+        x = getattr(out, name)
+        if x is not None:
+            stages[name] = x.mean(1) if name.endswith(("features", "tokens")) else x
+    return stages
 
 
 def probe(x, labels, patients):

@@ -7,10 +7,10 @@
 A task prints tables and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
 labels of each image) and .png; predict writes a picture only. N images, L labels, S stored pixels.
 Differs from the released code:
-- Thresholds come from validation where it has any labels. For classification the best ones on the
-  test set, as reported in this literature, stand beside them (customary). --protocol published
-  adds scores by the released rules, on our forward pass: the released grounding script leaves out
-  the mask and may run with an untrained text projection. Prompts are not cut at 64 tokens.
+- Thresholds come from validation where it has labels; those that are best on the test set, as in
+  this literature, stand beside them (customary). --protocol published adds scores by the released
+  rules, on our forward pass: the released grounding script leaves out the mask and may run with an
+  untrained text projection. Prompts are not cut at 64 tokens.
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
 - Embeddings stand beside an untrained network's: what both show, training did not make.
@@ -36,10 +36,22 @@ from model import MeDSLIP
 from text import swap_sides
 
 
+def add_flags(p):
+    """The flags of evaluate.py and finetune.py."""
+    p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
+    p.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
+    p.add_argument("--image-size", type=number(int, 16), help="pixels a side (the checkpoint's)")
+    p.add_argument("--batch-size", type=number(int, 1))
+    p.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--out-dir", default="out")
+    data.add_data_flags(p)
+
+
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--task", required=True, choices=[*TASKS, "predict"])
-    p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
     p.add_argument("--split", default="test", choices=["train", "validate", "test", "all"],
                    help="all: Table VI's full data set; its validate part still gives thresholds")
     p.add_argument("--protocol", default="honest", choices=["honest", "published"],
@@ -47,19 +59,12 @@ def parse_args(argv=None):
     p.add_argument("--limit", type=number(int, 1), help="only the first N images of each split")
     p.add_argument("--image", default="", metavar="FILE", help="a radiograph, for predict")
     p.add_argument("--prompt", help="asks in your words for the one label without a stored query")
-    p.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--out-dir", default="out")
-    g = p.add_argument_group("model")
-    g.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
-    g.add_argument("--image-size", type=number(int, 16), help="pixels a side (the checkpoint's)")
-    g.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
-    g.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
-    g.add_argument("--attention", default="own", choices=["own", "pathology"],
+    p.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
+    p.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
+    p.add_argument("--attention", default="own", choices=["own", "pathology"],
                    help="own: the evidence, if the model has it; pathology: the paper's map")
-    g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--batch-size", type=number(int, 1), default=64)
-    data.add_data_flags(p)
+    add_flags(p)
+    p.set_defaults(batch_size=64)
     args = p.parse_args(argv)
     if (args.protocol, args.task, args.dataset) == ("published", "classification", "covidx"):
         args.prompt = args.prompt or covidx.PAPER_PROMPT
@@ -67,15 +72,17 @@ def parse_args(argv=None):
 
 
 def ask(args, model, images, rows, texts, pick):
-    """Arrays of what `pick` takes out of the model's output, for rows of images uint8 [N,S,S]. In
-    fp32, because with bf16 the answers would depend on the batch size."""
+    """{name: array} of what `pick` takes out of the model's output as {name: tensor}, for rows of
+    images uint8 [N,S,S]. In fp32: with bf16 the answers would depend on the batch size."""
     parts = []
-    for some in np.array_split(rows, range(args.batch_size, len(rows), args.batch_size)):
-        x = data.to_input(torch.from_numpy(images[some]).to(args.device), args.image_size)
+    for start in range(0, len(rows), args.batch_size):
+        batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(args.device)
         with torch.inference_mode():
-            picked = pick(model(x, *texts, need_attention=True))                # x [B,3,H,W]
-        parts.append([tensor.cpu().numpy() for tensor in picked])  # memory of one batch at a time
-    return [np.concatenate(part) for part in zip(*parts)]
+            x = data.to_input(batch, args.image_size)                           # [B,3,H,W]
+            picked = pick(model(x, *texts, need_attention=True))
+        # to the CPU at once: memory of one batch at a time
+        parts.append({name: tensor.cpu().numpy() for name, tensor in picked.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def maps_of(args, out):
@@ -90,13 +97,14 @@ def has_icl(model):
 
 
 def pairs_of(model, out, anatomy_text):
-    """(existence [B,m]; places [B,n,m]: Z_2 . T, which ProtoCL trains; pairs [B,n,m]: ICL's answer,
-    or existence times place where no ICL was trained). Double, so that near 1 no two are equal."""
-    existence = out.pathology_logits.double().sigmoid()                         # [B,m]
-    places = (out.pathology_z @ anatomy_text.T).transpose(1, 2).double()        # [B,n,m]
-    if has_icl(model):
-        return existence, places, out.relation_logits.double().sigmoid()
-    return existence, places, existence[:, None] * places.softmax(1)
+    """existence [B,m]; places [B,n,m]: Z_2 . T, which ProtoCL trains; pairs [B,n,m]: ICL's answer,
+    or existence times place where no ICL was trained. Double, so that near 1 no two are equal."""
+    existence = out.pathology_logits.double().sigmoid()
+    places = (out.pathology_z @ anatomy_text.T).transpose(1, 2).double()
+    pairs = out.relation_logits.double().sigmoid()
+    if not has_icl(model):
+        pairs = existence[:, None] * places.softmax(1)
+    return {"existence": existence, "places": places, "pairs": pairs}
 
 
 # A task returns what `main` writes: metrics, arrays of each image, a function that draws a file.
@@ -109,13 +117,14 @@ def classification(args, model, table, rows):
     labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     asked = [columns[name] for name in labels]
-    pick = lambda out: [out.pathology_logits[:, asked].double().sigmoid()]      # [B,L]
-    [scores], truth = ask(args, model, table.images, rows, texts, pick), table.labels[rows]  # [N,L]
+    pick = lambda out: {"scores": out.pathology_logits[:, asked].double().sigmoid()}
+    truth = table.labels[rows]                                                  # [N,L]
+    scores = ask(args, model, table.images, rows, texts, pick)["scores"]        # [N,L]
     held = table.rows("validate")[:args.limit]
     held = held[(table.labels[held] >= 0).any(1)]
     thresholds, source = np.full(len(names), None), args.split  # None: the best on what is scored
     if len(held):
-        [held_scores] = ask(args, model, table.images, held, texts, pick)
+        held_scores = ask(args, model, table.images, held, texts, pick)["scores"]
         thresholds, source = metrics.best_thresholds(table.labels[held], held_scores), "validate"
     patients, new = np.array(table.patients)[rows], np.isin(names, unseen)      # [N], [L]
     blocks, per_class, lines = [], {}, {}
@@ -160,9 +169,8 @@ def locate(args, model, table, rows, texts, columns):
     rows, found = [row for row in rows if table.located(row)], []
     if not rows:
         return found
-    pick = lambda out: [maps_of(args, out)[:, list(columns.values())]]          # [B,L,h,w]
-    [maps] = ask(args, model, table.images, rows, texts, pick)
-    for row, of_labels in zip(rows, maps):
+    pick = lambda out: {"maps": maps_of(args, out)[:, list(columns.values())]}  # [B,L,h,w]
+    for row, of_labels in zip(rows, ask(args, model, table.images, rows, texts, pick)["maps"]):
         cells = dict(zip(columns, of_labels))  # {label: [h,w]}
         for label, mask in masks_of(table, row):
             heat = metrics.upsample_map(cells[label], *mask.shape, args.image_size,
@@ -185,10 +193,7 @@ def grounding(args, model, table, rows):
     if not tuned:  # nothing is located there: tuned on what is scored
         tuned, source = found, args.split
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
-    drawn = []
-    for row in table.rows("train")[:2000]:  # enough for a mean
-        drawn += masks_of(table, row)
-    fixed = metrics.fixed_answers(drawn)
+    fixed = metrics.fixed_answers(masks_of(table, row) for row in table.rows("train")[:2000])
     each = np.array([metrics.all_scores(f, fixed, threshold) for f in found])   # [findings,4,5]
     patients = np.array(table.patients)[[f.row for f in found]]
     names = np.array([f.label for f in found])
@@ -246,39 +251,31 @@ def relation(args, model, table, rows):
     """Which (anatomy, pathology) pairs does an image show, as drawn or as its report has them?"""
     names, truth, source = pair_truth(args, model, table, rows)                 # [N,n,m]
     texts, _, _ = questions(model, {}, args.prompt, args.text_encoder)
-    existence, places, pairs = ask(args, model, table.images, rows, texts,
-                                   lambda out: pairs_of(model, out, texts[1]))  # [N,m], [N,n,m] x 2
+    said = ask(args, model, table.images, rows, texts, lambda out: pairs_of(model, out, texts[1]))
     train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
     positive = sum(table.existence([i], *names)[0] == 1 for i in train)         # [n,m]
     often = np.broadcast_to(positive / max(len(train), 1), truth.shape)         # [N,n,m]
     partner = {name: i for i, name in enumerate(names[1])}  # {anatomy: its row}
     mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])  # [n]
-    answers = {"model": pairs, "cell frequencies in train": often,
+    answers = {"model": said["pairs"], "cell frequencies in train": often,
                "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
     scores = {name: metrics.relation_scores(truth, x, mirror) for name, x in answers.items()}
     print_table("pairs", scores, ("auroc", "ap", "cell_auroc", "side", "top1"))
     # one read-out of places for every model, also for those that were trained without ICL
-    place = {"model": metrics.place_scores(truth, places),
+    place = {"model": metrics.place_scores(truth, said["places"]),
              "frequencies": metrics.place_scores(truth, often)}
     print_table("places, Z2 . T", place, ("top1", "recall", "n", "n_several"))
-    apart, drawn = {}, table.truth(train, *names)                               # [.,n,m] or None
+    drawn, apart = table.truth(train, *names), {}                               # [.,n,m] or None
     if drawn is not None:
-        apart = metrics.scores_apart(truth, (drawn == 1).any(0), existence, pairs, places)
-        print_table("cells", apart, ("auroc", "relation_ap", "place_top1", "n"))
+        apart = metrics.scores_apart(truth, (drawn == 1).any(0), said["existence"],
+                                     said["places"])
+        print_table("cells", apart, ("auroc", "place_top1", "n"))
     print(f"{len(rows)} images of {args.split}; truth: {source}")
     result = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source, **apart}
     arrays = {"ids": np.array(table.ids)[rows], "truth": truth, "pathologies": names[0],
-              "anatomies": names[1], "scores": pairs.astype(np.float32)}
+              "anatomies": names[1], "scores": said["pairs"].astype(np.float32)}
     return result, arrays, lambda path: figures.draw_relation(
-        path, (truth == 1).mean(0), pairs.mean(0), *names)
-
-
-def stages_of(args, network, images, rows, texts):
-    """{stage: [N,D], or [N,q,D] of the queries}: features and tokens are means over the cells."""
-    dual = network.config.streams == "dual"
-    names = [name for name in disentangle.STAGES if dual or "anatomy" not in name]
-    pick = lambda out: [disentangle.pooled(name, getattr(out, name)) for name in names]
-    return dict(zip(names, ask(args, network, images, rows, texts, pick)))
+        path, (truth == 1).mean(0), said["pairs"].mean(0), *names)
 
 
 def embedding(args, model, table, rows):
@@ -300,18 +297,18 @@ def embedding(args, model, table, rows):
         networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
     result, seen = {"n": len(rows)}, {}
     for title, network in networks.items():
-        stages = stages_of(args, network, table.images, rows, texts)
+        stages = ask(args, network, table.images, rows, texts, disentangle.stages_of)
         tests = disentangle.separation(stages, asked, labels, pairs, args.seed, patients)
         if has_icl(model) and pairs is not None:
             tests["swap"] = disentangle.swap_shares(
                 network.relate, stages, pairs, args.seed, args.device)
         if hasattr(model, "mask"):
-            cells = ask(args, network, table.images, rows[:100], texts,
-                        lambda out: [out.raw_features, out.pathology_features])  # [100,h*w,C] each
-            tests["mask"] = {"M": disentangle.mask_values(*cells)}
+            cells = ask(args, network, table.images, rows[:100], texts, lambda out: {
+                "raw": out.raw_features, "masked": out.pathology_features})     # [100,h*w,C] each
+            tests["mask"] = {"M": disentangle.mask_values(**cells)}
         if args.dataset == "synthetic":
             films = disentangle.counterfactual_films(table.size)
-            drawn = stages_of(args, network, films, np.arange(len(films)), texts)
+            drawn = ask(args, network, films, np.arange(len(films)), texts, disentangle.stages_of)
             tests["counterfactual"] = {s: disentangle.moved(x) for s, x in drawn.items()}
         result[title], seen[title] = tests, stages
     for test, lines in result["trained"].items():
@@ -337,16 +334,17 @@ def predict(args, model):
         squashed = read_image(args.image, args.image_size, equalize)
     except Exception:  # whatever a decoder makes of a damaged file
         raise InputError(f"--image {args.image} is {trouble(args.image)}; name another") from None
-    existence, _, pairs, maps = ask(args, model, squashed[None], [0], texts, lambda out: [
-        *pairs_of(model, out, texts[1]), maps_of(args, out)])  # [1,m], [1,n,m], [1,m,h,w]
+    said = ask(args, model, squashed[None], [0], texts, lambda out: {
+        **pairs_of(model, out, texts[1]), "maps": maps_of(args, out)})
+    existence, pairs, maps = said["existence"][0], said["pairs"][0], said["maps"][0]
     films = [{"film": film, "title": "as it is"}]  # beside the four answers
     # the user's own question first, then the likeliest
-    for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[0, columns[k]]))[:8]:
+    for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[columns[k]]))[:8]:
         k = columns[label]
-        best = [f"{places[i]} {pairs[0, i, k]:.3f}" for i in np.argsort(-pairs[0, :, k])[:3]]
-        print(f"{existence[0, k]:.3f}  {label:<24}", *best, sep="  ")
-        heat = metrics.upsample_map(maps[0, k], *film.shape, args.image_size, model.cell_centres())
-        films.append({"film": film, "title": f"{label[:28]}: {existence[0, k]:.2f}", "heat": heat})
+        best = [f"{places[i]} {pairs[i, k]:.3f}" for i in np.argsort(-pairs[:, k])[:3]]
+        print(f"{existence[k]:.3f}  {label:<24}", *best, sep="  ")
+        heat = metrics.upsample_map(maps[k], *film.shape, args.image_size, model.cell_centres())
+        films.append({"film": film, "title": f"{label[:28]}: {existence[k]:.2f}", "heat": heat})
     path = Path(args.out_dir, "eval", "predict.png")
     with atomic(path) as draft:
         figures.gallery(draft, films[:5], "where each question looks; no medical device")
@@ -391,9 +389,8 @@ def main(args):
         keys = [key for key in result["published"] if key != "how"]
         print_table("", {"as published": result["published"]}, keys)
         print(result["published"]["how"])
-    result = {"task": args.task, "dataset": args.dataset, "split": args.split,
-              "checkpoint": args.checkpoint, "protocol": args.protocol, "prompt": args.prompt,
-              "equalized": table.equalized, **result}
+    flags = ("task", "dataset", "split", "checkpoint", "protocol", "prompt")
+    result |= {flag: getattr(args, flag) for flag in flags} | {"equalized": table.equalized}
     write_results(Path(args.out_dir, "eval", f"{args.dataset}_{args.task}"), result, arrays, draw)
     return result
 

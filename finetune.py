@@ -38,7 +38,7 @@ import figures
 import metrics
 from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, print_table, run
-from evaluate import write_results
+from evaluate import add_flags, write_results
 from model import Residual, build_backbone
 from train import learning_rate
 
@@ -62,27 +62,19 @@ MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray":
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    data.add_data_flags(p)
-    g = p.add_argument_group("what to learn, with which encoder")
-    g.add_argument("--task", required=True, choices=["classification", "segmentation"])
-    g.add_argument("--dataset", choices=data.DATASETS, default="synthetic")
-    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="share of the data")
-    g.add_argument("--protocol", choices=PROTOCOLS, default="honest", help="see the file's head")
-    g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
-    g.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
-    g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
-    g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
-    g.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
-    g = p.add_argument_group("training (Table II; synthetic, covid-chestxray: a CPU's minutes)")
-    for flag in ("--image-size", "--epochs", "--min-steps", "--batch-size"):
-        g.add_argument(flag, type=number(int, 1))
+    p.add_argument("--task", required=True, choices=["classification", "segmentation"])
+    p.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="share of the data")
+    p.add_argument("--protocol", choices=PROTOCOLS, default="honest", help="see the file's head")
+    p.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
+    p.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
+    p.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
+    p.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
+    for flag in ("--epochs", "--min-steps"):  # left out: SETTINGS, as image and batch size
+        p.add_argument(flag, type=number(int, 1))
     for flag in ("--lr", "--warmup-epochs"):
-        g.add_argument(flag, type=number(float, 0))
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of subset, weights and order")
-    g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="for 95 %% intervals")
-    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
-    g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--out-dir", metavar="DIR", default="out")
+        p.add_argument(flag, type=number(float, 0))
+    p.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    add_flags(p)
     return p.parse_args(argv)
 
 

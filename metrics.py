@@ -207,12 +207,13 @@ def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)
     return {**dict(zip(SCORES, means)), "threshold": threshold, "n": len(each)}
 
 
-def fixed_answers(drawn):
-    """{label: (mean mask [S,S], its level of best Dice)} of [(label, mask)] of training images: an
-    answer that needs no look at the image."""
+def fixed_answers(located):
+    """{label: (mean mask [S,S], its level of best Dice)}: answers that need no look at the image.
+    located: of each training image [(label, mask [S,S])]."""
     masks, answers = {}, {}
-    for label, mask in drawn:
-        masks.setdefault(label, []).append(mask)
+    for found in located:
+        for label, mask in found:
+            masks.setdefault(label, []).append(mask)
     for label, group in masks.items():
         mean = np.mean(group, axis=0)
         answers[label] = mean, best_dice_threshold([mean] * len(group), group)
@@ -256,8 +257,9 @@ def released_regions(found):
     """Dice and IoU of findings, with regions drawn as released: a cell fills its block, and counts
     above a fixed share of the maximum of the batch. Here that is the maximum of all scored maps of
     a label, so that the batch size does not matter."""
-    highest, scores = {}, {"how": "blocks above 0 (MeDSLIP's released threshold: a softmax is never "
-                           "0, so nearly all of the film), above 0.008 of the maximum (MedKLIP's)"}
+    how = ("blocks above 0 (MeDSLIP's; a softmax is never 0, so nearly all of the film), and above "
+           "0.008 of the maximum (MedKLIP's)")
+    highest, scores = {}, {"how": how}
     for f in found:
         highest[f.label] = max(f.cells.max(), highest.get(f.label, 0))
     for name, share in (("released", 0.0), ("medklip", 0.008)):
@@ -311,19 +313,20 @@ def relation_scores(truth, scores, mirror, least=5):
             "n": len(truth), "n_cells": len(cells), "n_sided": len(side)}
 
 
-def scores_apart(truth, in_train, existence, pairs, places):
+def scores_apart(truth, in_train, existence, places):
     """Scores of findings at cells that no training film has (held_out), and at the other cells of
-    the same pathologies (seen); {} without such cells. in_train bool [n,m]; existence [N,m]; the
-    others [N,n,m]. auroc: of existence, against films without the pathology."""
+    the same pathologies (seen); {} without such cells. truth, places [N,n,m]; in_train bool [n,m];
+    existence [N,m]. auroc: of existence, against films without the pathology."""
     present, scores = truth == 1, {}
     held_out = present.any(0) & ~in_train                                       # [n,m]
     asked = held_out.any(0)                                                     # [m]
+    if not asked.any():
+        return {}
     for key, cells in (("held_out", held_out), ("seen", in_train & asked)):
-        if asked.any():
-            only = (present & cells).any(1) & ~(present & ~cells).any(1)        # [N,m]
-            labels = np.where(only, 1, np.where(present.any(1), -1, 0))         # [N,m]
-            films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
-            pair = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
-            scores[key] = {"auroc": films["auroc"], "relation_ap": pair["ap"], "n": int(only.sum()),
-                           "place_top1": place_scores(truth, places, only)["top1"]}
+        only = (present & cells).any(1) & ~(present & ~cells).any(1)            # [N,m]
+        labels = np.where(present.any(1), -1, 0)                                # [N,m]
+        labels[only] = 1
+        films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
+        scores[key] = {"auroc": films["auroc"], "n": int(only.sum()),
+                       "place_top1": place_scores(truth, places, only)["top1"]}
     return scores
