@@ -134,16 +134,17 @@ def show_cloud(axis, points, group, names, title):
     axis.set_title(title, fontsize=10)
 
 
-def show_bars(axis, bars, keys, title):
-    """A horizontal bar for each key in each row of bars {row: {key: a share}}."""
+def show_bars(axis, bars, keys, low, title):
+    """A horizontal bar, from `low` on, for each key in each row of bars {row: {key: a share}}."""
     rows, thickness = np.arange(len(bars)), 0.8 / len(keys)
     for k, key in enumerate(keys):
         shares = [row[key] or 0 for row in bars.values()]  # None, where unknown: no bar
         axis.barh(rows + k * thickness, shares, thickness, color=COLOURS(k), label=key)
     axis.set_yticks(rows + 0.4 - thickness / 2, list(bars), fontsize=8)
     axis.invert_yaxis()
+    axis.set_xlim(low, 1)
     axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
 def draw_embedding(path, seen, asked, labels, result):
@@ -165,11 +166,10 @@ def draw_embedding(path, seen, asked, labels, result):
                        f"Fig. 8, {title}: features by stream")
             row[2].legend(fontsize=8, frameon=False)
         probes, swap = result[title]["probes"], result[title].get("swap")
-        show_bars(row[3], probes, list(probes["raw_features"]), f"{title}, probes: AUROC")
-        row[3].set_xlim(0.5, 1)  # 0.5 is a guess
+        show_bars(row[3], probes, list(probes["raw_features"]), 0.5, f"{title}, probes: AUROC")
         if swap:
-            show_bars(row[4], swap, ("A,A", "B,A", "A,B", "B,B"),
-                      f"{title}: film of the pathology, film of the place")
+            show_bars(row[4], swap, ("A,A", "B,A", "A,B", "B,B"), 0,
+                      f"swap test, {title}: film of the pathology, of the place")
     axes[0, 0].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
     for axis in axes.flat:
         axis.set_visible(axis.has_data())

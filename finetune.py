@@ -15,8 +15,7 @@ Differs from the paper and the released code:
   0.5), and --ratio is of the patients, each class in proportion. `published`, for Table V: all
   images outside the test split are learned from (NIH: all of train_val_list.txt), --ratio is of
   images at random, and the test split chooses, as released, which makes the scores too good. It
-  chooses by the loss (released: by AUROC), and features are those of layer3 (released: of an
-  untrained layer4).
+  chooses by the loss (released: by AUROC), on features of layer3 (released: an untrained layer4).
 - dice is a mean over test images with a mask; dice_all, as published, over all, where an empty
   mask left empty counts 1: 0.778 on SIIM for a network that never finds anything.
 """
@@ -354,9 +353,9 @@ def main(args):
               "n_train": len(train), "curve": curve, "args": vars(args)}
     arrays = {"ids": np.array(table.ids)[test.rows], "names": labels,
               "labels": test.targets.numpy(), "scores": answers}
-    stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
     print(f"written: {network}")
-    write_results(stem, result, arrays, draw)
+    write_results(Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}"), result,
+                  arrays, draw)
 
 
 if __name__ == "__main__":

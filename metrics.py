@@ -221,11 +221,11 @@ def fixed_answers(located):
 
 
 def all_scores(finding, fixed, threshold):
-    """SCORES of the model's map and of the TRIVIAL maps, [4,5]: the same everywhere, so a random
-    point; the film itself; the mean mask of training films (`fixed_answers`), or where there is
-    none the whole film. finding: evaluate.Finding."""
+    """SCORES of the model's map and of the TRIVIAL maps, [4,5]: one that is the same everywhere, so
+    a random point and the whole film; the film itself, at the same threshold; the mean mask of
+    training films at its own level (`fixed_answers`). finding: evaluate.Finding."""
     everywhere = np.ones(finding.mask.shape)
-    mean, level = fixed.get(finding.label, (everywhere, 0))
+    mean, level = fixed.get(finding.label, (everywhere, 0))  # nothing to go by: the whole film
     regions = hit_regions(finding.mask, *finding.cells.shape)
     blocks = nearest(finding.cells, *finding.mask.shape)
     return [map_scores(finding.heat, blocks, regions, threshold),
