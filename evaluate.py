@@ -169,8 +169,9 @@ def locate(args, model, table, rows, texts, columns):
     rows, found = [row for row in rows if table.located(row)], []
     if not rows:
         return found
-    pick = lambda out: {"maps": maps_of(args, out)[:, list(columns.values())]}  # [B,L,h,w]
-    for row, of_labels in zip(rows, ask(args, model, table.images, rows, texts, pick)["maps"]):
+    pick = lambda out: {"maps": maps_of(args, out)[:, list(columns.values())]}
+    maps = ask(args, model, table.images, rows, texts, pick)["maps"]            # [N,L,h,w]
+    for row, of_labels in zip(rows, maps):
         cells = dict(zip(columns, of_labels))  # {label: [h,w]}
         for label, mask in masks_of(table, row):
             heat = metrics.upsample_map(cells[label], *mask.shape, args.image_size,

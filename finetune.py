@@ -187,14 +187,14 @@ class Decoder(nn.Module):
 
 class FineTuned(nn.Module):
     """Backbone and new head: images [B,3,H,W] -> logits, [B,L] of labels or [B,H,W] of a mask."""
-    def __init__(self, task, labels, backbone, frozen):
+    def __init__(self, task, n_labels, backbone, frozen):
         super().__init__()
         self.task, self.frozen = task, frozen
         self.backbone, channels, _, _ = build_backbone(backbone)
         self.backbone.requires_grad_(not frozen)
         if task == "classification":  # batch norm without weights standardises the features
             self.head = nn.Sequential(nn.BatchNorm1d(channels, affine=False),
-                                      nn.Linear(channels, labels))
+                                      nn.Linear(channels, n_labels))
         else:
             self.head = Decoder(CHANNELS[backbone])
 
