@@ -54,9 +54,8 @@ def test_a_small_share_holds_each_class_in_proportion():
 def test_a_published_share_is_of_images_at_random():
     """Of 500 patients with two films about half have one film among a random half of the films."""
     patients, nothing = np.repeat(np.arange(500), 2), np.zeros((1000, 1), bool)
-    half = finetune.subset(patients, nothing, 0.5, 0, "published")
-    films = np.bincount(patients[half], minlength=500)
-    assert len(set(half)) == 500 and 200 < (films == 1).sum() < 300
+    films = patients[finetune.subset(patients, nothing, 0.5, 0, "published")]
+    assert len(films) == 500 and 200 < (np.bincount(films, minlength=500) == 1).sum() < 300
 
 
 def square(first, last):
@@ -138,11 +137,9 @@ def test_a_run_repeats(folder, tmp_path, dataset, task, flags):
     one, first, _ = run(folder, dataset, task, tmp_path / "one", *flags)
     two, second, _ = run(folder, dataset, task, tmp_path / "two", *flags)
     assert one["curve"] == two["curve"] and np.array_equal(first["scores"], second["scores"])
-    if task == "segmentation":
+    if task == "segmentation":  # an empty mask left empty counts 1
         masks = first["labels"] == 1
-        dice = dice_of(first["scores"] > 0.5, masks)
-        assert one["dice_all"] == pytest.approx(dice.mean())
-        assert one["dice"] == pytest.approx(dice[masks.any((1, 2))].mean())
+        assert one["dice_all"] == dice_of(first["scores"] > 0.5, masks).mean()
         assert one["trivial"]["empty_dice_all"] == pytest.approx(1 - masks.any((1, 2)).mean())
 
 

@@ -169,12 +169,11 @@ def test_relation_by_pencil():
 
 
 def test_places_by_pencil():
-    """The second film's finding is at places 2 and 3, its two highest are 1 and 2. Place 4 never
-    occurs and is not asked."""
+    """The second finding is at places 2 and 3, its highest are 1 and 2; place 4 never occurs."""
     truth = np.array([[1, 0, 0, 0], [0, 1, 1, 0]])[:, :, None]
     scores = np.array([[.9, .2, .3, 1], [.6, .5, .1, 1]])[:, :, None]
-    assert metrics.place_scores(truth, scores) == {
-        "top1": 0.5, "recall": 0.5, "n": 2, "n_several": 1}
+    places = metrics.place_scores(truth, scores)
+    assert places == {"top1": 0.5, "recall": 0.5, "n": 2, "n_several": 1}
 
 
 def test_held_out_cells_are_scored_apart():
