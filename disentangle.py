@@ -7,36 +7,84 @@ The paper shows three pictures (Figs. 5, 6, 8). Here are what a picture cannot s
 the swap test and counterfactual films. N films, L labels, n anatomies, m pathologies, P pairs.
 """
 import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
+from sklearn.model_selection import GroupKFold, cross_val_score
 
 from formats.chest import LUNG_ZONES, PATCHES, draw_film
 from formats.chest import stream as random_numbers
-from metrics import classification_scores, mean_or_none, probe
+from metrics import classification_scores, mean_or_none
 
-STAGES = ("raw_features", "pathology_features", "anatomy_features", "pathology_tokens",
-          "anatomy_tokens", "pathology_queried", "anatomy_queried", "pathology_logits")
+def stages_of(out):
+    """{stage: [B,D], or [B,q,D] of the queries} of a model's output; features and tokens are means
+    over the cells. A single stream has no stages of anatomy."""
+    stages = {}
+    for name in ("raw_features", "pathology_features", "anatomy_features", "pathology_tokens",
+                 "anatomy_tokens", "pathology_queried", "anatomy_queried", "pathology_logits"):
+        x = getattr(out, name)
+        if x is not None:
+            stages[name] = x.mean(1) if name.endswith(("features", "tokens")) else x
+    return stages
 
 
-def pooled(stage, x):
-    """Features and tokens [N,h*w,D] -> their mean over the cells; everything else as it is."""
-    return x.mean(1) if stage.endswith(("features", "tokens")) else x
+def probe(x, labels, patients):
+    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on each half of the
+    patients in turn and scored on the other; without labels that fewer than 10 images, or fewer
+    than 4 patients, show or lack. None if no label is left."""
+    scores, x = [], (x - x.mean(0)) / (x.std(0) + 1e-9)
+    for label in labels.T:
+        known = label >= 0
+        people = [len(np.unique(patients[label == value])) for value in (0, 1)]
+        if np.bincount(label[known], minlength=2).min() >= 10 and min(people) >= 4:
+            scores += cross_val_score(LogisticRegression(C=0.1, max_iter=1000), x[known],
+                                      label[known], groups=patients[known], cv=GroupKFold(2),
+                                      scoring="roc_auc").tolist()
+    return mean_or_none([score for score in scores if not np.isnan(score)])
 
 
 def cka(x, y):
     """Linear CKA of x [N,D] and y [N,E] (Kornblith et al. 2019): 1 if one is the other but for a
     rotation and a scale, near 0 if no direction of one follows from the other. Few films give
-    more than 0 by chance: compare with `permuted`."""
+    more than 0 by chance: compare with the films of y permuted."""
     x, y = x - x.mean(0), y - y.mean(0)
     shared = np.linalg.norm(x.T @ y) ** 2
     return float(shared / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 
-def streams_alike(means, seed):
-    """`cka` of the streams at each level, and with the films of one of them permuted."""
-    scores, rng = {}, np.random.default_rng(seed)
-    for level in ("features", "tokens", "queried"):
-        x, y = means[f"pathology_{level}"], means[f"anatomy_{level}"]           # [N,D] each
-        scores[level] = {"cka": cka(x, y), "permuted": cka(x, rng.permutation(y))}
+def clouds_of(stages, asked):
+    """What Figs. 6 and 8 show, {name: (points [k,D], group [k])}: embeddings of the queries that
+    labels ask, by query; I^p and I^a by stream. asked: {label: its query}."""
+    queried = stages["pathology_queried"][:, list(asked.values())]              # [N,L,D]
+    points = queried.reshape(-1, queried.shape[2])[:2000]  # t-SNE of more takes minutes
+    clouds = {"queries": (points, np.arange(len(points)) % len(asked))}
+    if "anatomy_features" in stages:
+        both = [stages[f"{stream}_features"][:500] for stream in ("pathology", "anatomy")]
+        clouds["streams"] = np.concatenate(both), np.repeat([0, 1], len(both[0]))
+    return clouds
+
+
+def separation(stages, asked, labels, pairs, seed, patients):
+    """Tests of one network, {test: {row: {key: number}}}: AUROC of existence, probes of labels
+    [N,L] and of the places of pairs [N,n,m] (or None), silhouettes of `clouds_of`, CKA of the
+    streams. stages: {name: [N,D], or [N,q,D] of the queries}; asked: {label: its query}."""
+    # the mean over queries is as wide as a token: both probes see D numbers, those of features C
+    means = {stage: x.mean(1) if x.ndim == 3 else x for stage, x in stages.items()}
+    logits = means.pop("pathology_logits")[:, list(asked.values())]             # [N,L]
+    targets = {"pathology": labels}
+    if pairs is not None:
+        targets["place"] = (pairs == 1).any(2).astype(int)                      # [N,n]
+    scores = {"existence": {"pathology": {
+        "auroc": classification_scores(labels, logits, 0)["auroc"]}}}
+    scores["probes"] = {stage: {name: probe(x, target, patients)
+                                for name, target in targets.items()} for stage, x in means.items()}
+    scores["silhouette"] = {name: {"silhouette": float(silhouette_score(*cloud))}
+                            for name, cloud in clouds_of(stages, asked).items()}
+    if "anatomy_tokens" in stages:
+        scores["cka"], rng = {}, np.random.default_rng(seed)
+        for level in ("features", "tokens", "queried"):
+            x, y = means[f"pathology_{level}"], means[f"anatomy_{level}"]       # [N,D] each
+            scores["cka"][level] = {"cka": cka(x, y), "permuted": cka(x, rng.permutation(y))}
     return scores
 
 
@@ -64,24 +112,20 @@ def swap_pairs(truth, seed, most=2000):
     return films[pairs], kinds[pairs], places[pairs]
 
 
-def cell_shares(four):
-    """Which of four cells is the likeliest? four [P,2,2]: place of A or of B, pathology of A or of
-    B. "A,B": pathology of A at the place of B."""
-    best = four.reshape(-1, 4).argmax(1)
-    shares = {name: mean_or_none(best == k) for k, name in enumerate(("A,A", "B,A", "A,B", "B,B"))}
-    return {**shares, "n": len(four)}
-
-
-def swap_shares(relate, pathology_queried, anatomy_queried, truth, seed):
-    """Swap test: relate films A and B by the pathology embeddings of A [N,m,D] and the anatomy
-    embeddings of B [N,n,D], beside both embeddings of A. relate: [P,2,D] of both -> probabilities
-    [P,2,2]. sure: the pairs whose likeliest cell is above one half."""
+def swap_shares(relate, stages, truth, seed, device="cpu"):
+    """Swap test: which of four cells is the likeliest by the pathology embeddings of film A [N,m,D]
+    and the anatomy embeddings of film B [N,n,D], beside both embeddings of A? "A,B": pathology of
+    A at the place of B, as the claim has it. relate: of a MeDSLIP on `device`."""
     films, kinds, places = swap_pairs(truth, seed)                              # [P,2] each
+    pathology = torch.from_numpy(stages["pathology_queried"][films[:, :1], kinds]).to(device)
     shares = {}
     for name, other in (("both of A", films[:, :1]), ("A and B", films[:, 1:])):
-        four = relate(pathology_queried[films[:, :1], kinds], anatomy_queried[other, places])
-        shares[name] = cell_shares(four)
-        shares[f"{name}, sure"] = cell_shares(four[four.max((1, 2)) > 0.5])
+        anatomy = torch.from_numpy(stages["anatomy_queried"][other, places]).to(device)  # [P,2,D]
+        four = relate(pathology, anatomy).sigmoid().flatten(1)  # of (place, pathology) [P,4]
+        best = four.argmax(1).cpu().numpy()
+        shares[name] = {cell: mean_or_none(best == k)
+                        for k, cell in enumerate(("A,A", "B,A", "A,B", "B,B"))}
+        shares[name]["n"] = len(best)
     return shares
 
 
@@ -104,43 +148,6 @@ def moved(x):
     In units of the distance between two films (root mean square)."""
     film, what, where = x.reshape(len(x) // 3, 3, -1).swapaxes(0, 1)            # [N,D] each
     unit = np.sqrt(2 * film.var(0).sum())
-    what, where = (float(np.linalg.norm(other - film, axis=1).mean() / unit)
-                   for other in (what, where))
+    what = float(np.linalg.norm(what - film, axis=1).mean() / unit)
+    where = float(np.linalg.norm(where - film, axis=1).mean() / unit)
     return {"what": what, "where": where, "what / where": what / where if where else None}
-
-
-def clouds_of(stages, asked):
-    """What Figs. 6 and 8 show, {name: (points [k,D], group [k])}: embeddings of the queries that
-    labels ask, by query; I^p and I^a by stream. asked: {label: its query}."""
-    queried = stages["pathology_queried"][:, list(asked.values())]              # [N,L,D]
-    points = queried.reshape(-1, queried.shape[2])[:2000]  # t-SNE of more takes minutes
-    clouds = {"queries": (points, np.arange(len(points)) % len(asked))}
-    if "anatomy_features" in stages:
-        both = [stages[f"{stream}_features"][:500] for stream in ("pathology", "anatomy")]
-        clouds["streams"] = np.concatenate(both), np.repeat([0, 1], len(both[0]))
-    return clouds
-
-
-def separation(stages, asked, labels, pairs, seed, patients, relate=None):
-    """All tests that a network's output allows, {test: {row: {key: number}}}: AUROC of existence,
-    probes of labels [N,L] and of the places of pairs [N,n,m], silhouettes of `clouds_of`, CKA of
-    the streams, and the swap test. stages: {name: `pooled` output of the network}; asked: {label:
-    its query}. Without pairs there are no places, without `relate` no swap test."""
-    # the mean over queries is as wide as a token: both probes see D numbers, those of features C
-    means = {stage: x.mean(1) if x.ndim == 3 else x for stage, x in stages.items()}
-    logits = means.pop("pathology_logits")[:, list(asked.values())]             # [N,L]
-    scores, targets = {}, {"pathology": labels}
-    if pairs is not None:
-        targets["place"] = (pairs == 1).any(2).astype(int)                      # [N,n]
-    auroc = classification_scores(labels, logits, 0)["auroc"]
-    scores["existence"] = {"pathology": {"auroc": auroc}}
-    scores["probes"] = {stage: {name: probe(x, target, patients)
-                                for name, target in targets.items()} for stage, x in means.items()}
-    scores["silhouette"] = {name: {"silhouette": float(silhouette_score(*cloud))}
-                            for name, cloud in clouds_of(stages, asked).items()}
-    if "anatomy_tokens" in stages:
-        scores["cka"] = streams_alike(means, seed)
-    if relate and pairs is not None:
-        queried = stages["pathology_queried"], stages["anatomy_queried"]
-        scores["swap"] = swap_shares(relate, *queried, pairs, seed)
-    return scores

@@ -4,17 +4,18 @@
     python evaluate.py --task predict --image chest.png --prompt "air where it should not be"
     python evaluate.py --task grounding      # the phantoms, after `python train.py`; a minute
 
-A task prints a table and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
+A task prints tables and writes <out-dir>/eval/<dataset>_<task>.json (metrics), .npz (answers and
 labels of each image) and .png; predict writes a picture only. N images, L labels, S stored pixels.
 Differs from the released code:
-- Thresholds come from validation where it has any labels. For classification the best ones on the
-  test set, as reported in this literature, stand beside them (customary). --protocol published
-  adds scores by the released rules, on our forward pass: the released grounding script leaves out
-  the mask and may run with an untrained text projection. Prompts are not cut at 64 tokens.
+- Thresholds come from validation where it has labels; those that are best on the test set, as in
+  this literature, stand beside them (customary). --protocol published adds scores by the released
+  rules, on our forward pass: the released grounding script leaves out the mask and may run with an
+  untrained text projection. Prompts are not cut at 64 tokens.
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
 - Embeddings stand beside an untrained network's: what both show, training did not make.
 """
+import copy
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -31,120 +32,123 @@ from checkpoint import give_queries, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
 from formats import covidx
 from formats.images import read_image, trouble
-from metrics import SCORES, nearest
 from model import MeDSLIP
 from text import swap_sides
+
+
+def add_flags(p):
+    """The flags of evaluate.py and finetune.py."""
+    p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
+    p.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
+    p.add_argument("--image-size", type=number(int, 16), help="pixels a side (the checkpoint's)")
+    p.add_argument("--batch-size", type=number(int, 1))
+    p.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--device", help="cuda where there is one, else cpu")
+    p.add_argument("--out-dir", default="out")
+    data.add_data_flags(p)
 
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
     p.add_argument("--task", required=True, choices=[*TASKS, "predict"])
-    p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
     p.add_argument("--split", default="test", choices=["train", "validate", "test", "all"],
                    help="all: Table VI's full data set; its validate part still gives thresholds")
     p.add_argument("--protocol", default="honest", choices=["honest", "published"],
-                   help="published: also the scores of classification and grounding as the "
-                   "released scripts compute them; asks covidx by the paper's prompt")
+                   help="published: also scores by the released rules, covidx by the paper's words")
     p.add_argument("--limit", type=number(int, 1), help="only the first N images of each split")
     p.add_argument("--image", default="", metavar="FILE", help="a radiograph, for predict")
     p.add_argument("--prompt", help="asks in your words for the one label without a stored query")
-    p.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
-    p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--out-dir", default="out")
-    g = p.add_argument_group("model")
-    g.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
-    g.add_argument("--image-size", type=number(int, 16), help="pixels a side (the checkpoint's)")
-    g.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
-    g.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
-    g.add_argument("--attention", default="own", choices=["own", "pathology"],
+    p.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
+    p.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
+    p.add_argument("--attention", default="own", choices=["own", "pathology"],
                    help="own: the evidence, if the model has it; pathology: the paper's map")
-    g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--batch-size", type=number(int, 1), default=64)
-    data.add_data_flags(p)
+    add_flags(p)
+    p.set_defaults(batch_size=64)
     args = p.parse_args(argv)
     if (args.protocol, args.task, args.dataset) == ("published", "classification", "covidx"):
         args.prompt = args.prompt or covidx.PAPER_PROMPT
     return args
 
 
-def read_model(args):
-    """The checkpoint. A published one stores no queries and is asked the published vocabulary."""
-    model = load_model(args.checkpoint, args.device).requires_grad_(False)
-    args.image_size = args.image_size or model.config.image_size  # pixels that it was trained at
-    if model.queries is None:
-        if not args.pathology_book:
-            print("asked in our own words; --pathology-book takes the published ones")
-        give_queries(model, args.pathology_book, args.text_encoder)
-    return model
-
-
 def ask(args, model, images, rows, texts, pick):
-    """Arrays of what `pick` takes out of the model's output, for rows of images uint8 [N,S,S]. In
-    fp32, because with bf16 the answers would depend on the batch size."""
+    """{name: array} of what `pick` takes out of the model's output as {name: tensor}, for rows of
+    images uint8 [N,S,S]. In fp32: with bf16 the answers would depend on the batch size."""
     parts = []
     for start in range(0, len(rows), args.batch_size):
         batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(args.device)
         with torch.inference_mode():
-            x = data.to_input(batch, args.image_size)  # [B,3,H,W]
+            x = data.to_input(batch, args.image_size)                           # [B,3,H,W]
             picked = pick(model(x, *texts, need_attention=True))
-        parts.append([tensor.cpu().numpy() for tensor in picked])  # memory of one batch at a time
-    return [np.concatenate(part) for part in zip(*parts)]
+        # to the CPU at once: memory of one batch at a time
+        parts.append({name: tensor.cpu().numpy() for name, tensor in picked.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def maps_of(args, out):
-    """[B,m,h,w] by --attention."""
-    own = args.attention == "own" and out.pathology_evidence is not None  # else the mean attention
-    return (out.pathology_evidence if own else out.pathology_attention).double()
+    """[B,m,h,w] by --attention: the model's evidence, or the paper's mean attention."""
+    if args.attention == "own" and out.pathology_evidence is not None:
+        return out.pathology_evidence.double()
+    return out.pathology_attention.double()
+
+
+def has_icl(model):
+    return model.config.streams == "dual" and model.args.get("beta", 1) > 0
 
 
 def pairs_of(model, out, anatomy_text):
-    """(existence [B,m]; places [B,n,m]: Z_2 . T, which ProtoCL trains; pairs [B,n,m]: ICL's answer,
-    or existence times place where no ICL was trained). Double, so that near 1 no two are equal."""
+    """existence [B,m]; places [B,n,m]: Z_2 . T, which ProtoCL trains; pairs [B,n,m]: ICL's answer,
+    or existence times place where no ICL was trained. Double, so that near 1 no two are equal."""
     existence = out.pathology_logits.double().sigmoid()
     places = (out.pathology_z @ anatomy_text.T).transpose(1, 2).double()
-    if model.config.streams == "dual" and model.args.get("beta", 1) > 0:
-        return existence, places, out.relation_logits.double().sigmoid()
-    return existence, places, existence[:, None] * places.softmax(1)  # [B,m], [B,n,m], [B,n,m]
+    pairs = out.relation_logits.double().sigmoid()
+    if not has_icl(model):
+        pairs = existence[:, None] * places.softmax(1)
+    return {"existence": existence, "places": places, "pairs": pairs}
 
+
+# A task returns what `main` writes: metrics, arrays of each image, a function that draws a file.
 
 def classification(args, model, table, rows):
     """Does an image show it (Table III, Fig. 4)? Each label of the data set."""
-    labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
-    if not labels:
+    names = np.array(table.label_names)                                         # [L]
+    if not len(names):
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
+    labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
-    names, asked = np.array(list(labels)), [columns[label] for label in labels]  # [L]
-
-    def answers(rows):  # labels and probabilities, both [N,L]
-        pick = lambda out: [out.pathology_logits[:, asked].double().sigmoid()]
-        return table.labels[rows], *ask(args, model, table.images, rows, texts, pick)
-
-    truth, scores = answers(rows)  # both [N,L]
-    held, patients = table.rows("validate")[:args.limit], np.array(table.patients)[rows]
+    asked = [columns[name] for name in labels]
+    pick = lambda out: {"scores": out.pathology_logits[:, asked].double().sigmoid()}
+    truth = table.labels[rows]                                                  # [N,L]
+    scores = ask(args, model, table.images, rows, texts, pick)["scores"]        # [N,L]
+    held = table.rows("validate")[:args.limit]
     held = held[(table.labels[held] >= 0).any(1)]
-    thresholds, source, lines = np.full(len(names), None), args.split, {}  # None: the best here
+    thresholds, source = np.full(len(names), None), args.split  # None: the best on what is scored
     if len(held):
-        thresholds, source = metrics.best_thresholds(*answers(held)), "validate"
-    blocks = metrics.scores_of_parts(truth, scores, thresholds, names, np.isin(names, unseen),
-                                     args.bootstrap, args.seed, patients)
-    for title, block in blocks.items():
-        lines |= {**block["per_class"], f"mean, {title}": block,
-                  f"customary, {title}": block["customary"]}
+        held_scores = ask(args, model, table.images, held, texts, pick)["scores"]
+        thresholds, source = metrics.best_thresholds(table.labels[held], held_scores), "validate"
+    patients, new = np.array(table.patients)[rows], np.isin(names, unseen)      # [N], [L]
+    blocks, per_class, lines = [], {}, {}
+    for title, part in (("trained on", ~new), ("not trained on", new)):
+        if part.any():
+            block = metrics.scores_with_intervals(truth[:, part], scores[:, part], thresholds[part],
+                                                  names[part], args.bootstrap, args.seed, patients)
+            blocks.append(block)
+            per_class |= block["per_class"]
+            lines |= {**block["per_class"], f"mean, {title}": block,
+                      f"customary, {title}": block["customary"]}
     for name, value in metrics.auroc_healthy(truth, scores, names).items():
-        lines[name]["auroc_healthy"] = value
+        per_class[name]["auroc_healthy"] = value
     print_table("", lines, ("n_pos", "auroc", "auroc_ci95", "auroc_healthy", "ap", "f1", "acc"))
     print(f"{len(rows)} images of {args.split}; F1 and ACC at thresholds from {source}; customary: "
           "at the best on these very images, which flatters; a guess has AUROC 0.5")
-    parts = list(blocks.values())
-    result = {**parts[0], "thresholds_from": source, "not_trained_on": unseen,
+    result = {**blocks[0], "thresholds_from": source, "not_trained_on": unseen,
               "trivial": {"auroc": 0.5}}
-    if len(parts) == 2:
-        result["unseen"] = parts[1]
+    if len(blocks) == 2:
+        result["unseen"] = blocks[1]
     if args.protocol == "published":
         result["published"] = metrics.released_scores(truth, scores)
-    classes, ids = {name: lines[name] for name in labels}, [table.ids[i] for i in rows]
-    arrays = {"ids": ids, "names": names, "labels": truth, "scores": scores}
-    return result, arrays, lambda path: figures.draw_classes(path, classes, names, truth, scores)
+    arrays = {"ids": np.array(table.ids)[rows], "names": names, "labels": truth, "scores": scores}
+    return result, arrays, lambda path: figures.draw_classes(path, per_class, names, truth, scores)
 
 
 Finding = namedtuple("Finding", "row label film mask cells heat")  # [S,S]; cells [h,w], a map
@@ -152,28 +156,32 @@ Finding = namedtuple("Finding", "row label film mask cells heat")  # [S,S]; cell
 
 def masks_of(table, row):
     """[(label, bool [S,S])]: what masks, or else boxes, locate in an image."""
-    masks = [(label, table.mask(row, label)) for label in table.located(row)]  # [H,W] each
-    masks = [(label, nearest(mask, table.size, table.size)) for label, mask in masks]  # [S,S]
-    return [(label, mask) for label, mask in masks if mask.any()]
+    masks = []
+    for label in table.located(row):
+        mask = metrics.nearest(table.mask(row, label), table.size, table.size)  # [H,W] -> [S,S]
+        if mask.any():
+            masks.append((label, mask))
+    return masks
 
 
 def locate(args, model, table, rows, texts, columns):
-    """[Finding] of all that masks or boxes locate in rows."""
+    """[Finding] of all that masks or boxes locate in rows. columns: {label: its query}."""
     rows, found = [row for row in rows if table.located(row)], []
-    if rows:
-        maps, = ask(args, model, table.images, rows, texts,
-                    lambda out: [maps_of(args, out)[:, list(columns.values())]])  # [N,L,h,w]
-    for k, row in enumerate(rows):
-        cells = dict(zip(columns, maps[k]))  # {label: [h,w]}
+    if not rows:
+        return found
+    pick = lambda out: {"maps": maps_of(args, out)[:, list(columns.values())]}
+    maps = ask(args, model, table.images, rows, texts, pick)["maps"]            # [N,L,h,w]
+    for row, of_labels in zip(rows, maps):
+        cells = dict(zip(columns, of_labels))  # {label: [h,w]}
         for label, mask in masks_of(table, row):
-            found.append(Finding(row, label, table.images[row], mask, cells[label],
-                                 metrics.upsample_map(cells[label], *mask.shape, args.image_size,
-                                                      model.cell_centres())))
+            heat = metrics.upsample_map(cells[label], *mask.shape, args.image_size,
+                                        model.cell_centres())                   # [S,S]
+            found.append(Finding(row, label, table.images[row], mask, cells[label], heat))
     return found
 
 
 def grounding(args, model, table, rows):
-    """Where are the present findings (Table IV, Fig. 7)? Beside trivial answers."""
+    """Where are the present findings (Table IV, Fig. 7)?"""
     held, labels = table.rows("validate")[:args.limit], {}  # {label: its name in the vocabulary}
     known = dict(zip(table.label_names, table.label_pathologies))
     for row in (*held, *rows):  # also those that only validation has
@@ -186,47 +194,45 @@ def grounding(args, model, table, rows):
     if not tuned:  # nothing is located there: tuned on what is scored
         tuned, source = found, args.split
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
-    drawn = []
-    for row in table.rows("train")[:2000]:  # enough for a mean
-        drawn += masks_of(table, row)  # [(label, bool [S,S])]
-    each = metrics.compare(found, metrics.fixed_answers(drawn), threshold)  # trivial answers beside
-    patients = np.array(table.patients)[[f.row for f in found]]  # [findings]
-    drops = faithfulness(args, model, table, found, texts, columns)  # is the map what is used?
-    result = {**metrics.grounding_summary(found, each, patients, args.bootstrap, args.seed),
-              "faithfulness": drops, "threshold": threshold, "threshold_from": source,
-              "attention": args.attention, "not_trained_on": unseen}
-    print_table("", {**result["per_class"], "all": result, **result["trivial"]}, ("n", *SCORES))
+    fixed = metrics.fixed_answers(masks_of(table, row) for row in table.rows("train")[:2000])
+    each = np.array([metrics.all_scores(f, fixed, threshold) for f in found])   # [findings,4,5]
+    patients = np.array(table.patients)[[f.row for f in found]]
+    names = np.array([f.label for f in found])
+    result = metrics.grounding_summary(names, each, patients, args.bootstrap, args.seed)
+    drops = faithfulness(args, model, found, texts, columns)  # is the map what the answer uses?
+    print_table("", {**result["per_class"], "all": result, **result["trivial"]},
+                ("n", *metrics.SCORES))
     print(f"regions above {threshold:.2g} of the maximum (from {source}); worst class: "
           f"{result['worst']['name']}\n")
+    print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
+    result |= {"faithfulness": drops, "threshold": threshold, "threshold_from": source,
+               "attention": args.attention, "not_trained_on": unseen}
     if args.protocol == "published":
         result["published"] = {"pointing_released": result["pointing_released"],
                                **metrics.released_regions(found)}
-    print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
-    arrays = {"ids": [table.ids[f.row] for f in found], "label": [f.label for f in found]}
-    for key in SCORES:
-        arrays[key] = [e["model"][key] for e in each]
+    arrays = {"ids": [table.ids[f.row] for f in found], "label": names,
+              **dict(zip(metrics.SCORES, each[:, 0].T))}
     films = [{"film": f.film, "title": f.label, "mask": f.mask, "heat": f.heat,
               "level": threshold} for f in found[:15]]  # the first ones, not the best
     title = f"{args.attention} map, x its maximum; cyan: truth; yellow: above {threshold:.2g} of it"
     return result, arrays, lambda path: figures.gallery(path, films, title)
 
 
-def faithfulness(args, model, table, found, texts, columns):
+def faithfulness(args, model, found, texts, columns):
     """How far a finding's logit falls when the k cells of `metrics.deletions` are blurred. Means
     over findings, {"4": {"map": ...}}."""
     rng, size, drops = np.random.default_rng(args.seed), args.image_size, []
-    counts, ways = (4, 12, 32), ("map", "random", "mask")
     for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten images each
-        film = data.to_input(torch.tensor(f.film)[None], size)[0]  # [3,size,size]
+        film = data.to_input(torch.tensor(f.film)[None], size)[0]               # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
         films = [film]  # the whole film first
-        for gone in metrics.deletions(f.cells, f.mask, size, model.cell_centres(), rng, counts):
+        for gone in metrics.deletions(f.cells, f.mask, size, model.cell_centres(), rng):
             films.append(torch.where(torch.from_numpy(gone), blurred, film))
         logits = model(torch.stack(films).to(args.device), *texts).pathology_logits
-        logits = logits[:, columns[f.label]].double().cpu().numpy()  # [1 + 9]
-        drops.append((logits[0] - logits[1:]).reshape(len(counts), len(ways)))  # [3,3]
-    mean = np.mean(drops, axis=0).tolist()  # [3,3], counts by ways
-    return {str(k): dict(zip(ways, drop)) for k, drop in zip(counts, mean)}
+        logits = logits[:, columns[f.label]].double().cpu().numpy()             # [1 + 9]
+        drops.append((logits[0] - logits[1:]).reshape(3, 3))
+    means = dict(zip(("4", "12", "32"), np.mean(drops, axis=0).tolist()))
+    return {k: dict(zip(("map", "random", "mask"), mean)) for k, mean in means.items()}
 
 
 def pair_truth(args, model, table, rows):
@@ -244,79 +250,68 @@ def pair_truth(args, model, table, rows):
 
 def relation(args, model, table, rows):
     """Which (anatomy, pathology) pairs does an image show, as drawn or as its report has them?"""
-    names, truth, source = pair_truth(args, model, table, rows)  # [N,n,m]
+    names, truth, source = pair_truth(args, model, table, rows)                 # [N,n,m]
     texts, _, _ = questions(model, {}, args.prompt, args.text_encoder)
-    existence, places, pairs = ask(args, model, table.images, rows, texts,
-                                   lambda out: pairs_of(model, out, texts[1]))  # [N,m], [N,n,m] x 2
+    said = ask(args, model, table.images, rows, texts, lambda out: pairs_of(model, out, texts[1]))
     train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
-    positive = sum(table.existence([i], *names)[0] == 1 for i in train)  # [n,m]
-    often = np.broadcast_to(positive / max(len(train), 1), truth.shape)  # [N,n,m]
+    positive = sum(table.existence([i], *names)[0] == 1 for i in train)         # [n,m]
+    often = np.broadcast_to(positive / max(len(train), 1), truth.shape)         # [N,n,m]
     partner = {name: i for i, name in enumerate(names[1])}  # {anatomy: its row}
     mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])  # [n]
-    answers = {"model": pairs, "cell frequencies in train": often,
+    answers = {"model": said["pairs"], "cell frequencies in train": often,
                "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
     scores = {name: metrics.relation_scores(truth, x, mirror) for name, x in answers.items()}
     print_table("pairs", scores, ("auroc", "ap", "cell_auroc", "side", "top1"))
     # one read-out of places for every model, also for those that were trained without ICL
-    place = {"model": metrics.place_scores(truth, places),
+    place = {"model": metrics.place_scores(truth, said["places"]),
              "frequencies": metrics.place_scores(truth, often)}
-    print_table("places, Z2 . T", place, ("top1", "recall", "chance", "n_several"))
-    result = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source}
-    drawn = table.truth(train, *names)  # [.,n,m] or None
+    print_table("places, Z2 . T", place, ("top1", "recall", "n", "n_several"))
+    drawn, apart = table.truth(train, *names), {}                               # [.,n,m] or None
     if drawn is not None:
-        apart = metrics.scores_apart(truth, (drawn == 1).any(0), existence, pairs, places)
-        print_table("cells", apart, ("auroc", "relation_ap", "place_top1", "n"))
-        result |= apart
+        apart = metrics.scores_apart(truth, (drawn == 1).any(0), said["existence"],
+                                     said["places"])
+        print_table("cells", apart, ("auroc", "place_top1", "n"))
     print(f"{len(rows)} images of {args.split}; truth: {source}")
-    arrays = {"ids": [table.ids[i] for i in rows], "truth": truth, "pathologies": names[0],
-              "anatomies": names[1], "scores": pairs.astype(np.float32)}
+    result = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source, **apart}
+    arrays = {"ids": np.array(table.ids)[rows], "truth": truth, "pathologies": names[0],
+              "anatomies": names[1], "scores": said["pairs"].astype(np.float32)}
     return result, arrays, lambda path: figures.draw_relation(
-        path, (truth == 1).mean(0), pairs.mean(0), *names)
-
-
-def stages_of(args, network, images, rows, texts):
-    """{stage: [N,D], or [N,q,D] of the queries}: features and tokens are means over the cells."""
-    dual = network.config.streams == "dual"
-    names = [name for name in disentangle.STAGES if dual or "anatomy" not in name]
-    pick = lambda out: [disentangle.pooled(name, getattr(out, name)) for name in names]
-    return dict(zip(names, ask(args, network, images, rows, texts, pick)))
+        path, (truth == 1).mean(0), said["pairs"].mean(0), *names)
 
 
 def embedding(args, model, table, rows):
     """Do the streams keep apart what and where (Figs. 5, 6, 8)? See disentangle.py."""
-    labels = dict(zip(table.label_names, table.label_pathologies))
-    if len(rows) < 20 or len(labels) < 2:
+    names = dict(zip(table.label_names, table.label_pathologies))
+    if len(rows) < 20 or len(names) < 2:
         raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
     rows = np.random.default_rng(args.seed).permutation(rows)[:1000]  # t-SNE of more takes minutes
-    patients = np.array(table.patients)[rows]  # probes keep them apart
-    texts, columns, _ = questions(model, labels, args.prompt, args.text_encoder)
-    asked, labels = {label: columns[label] for label in labels}, table.labels[rows]  # [N,L]
+    labels, patients = table.labels[rows], np.array(table.patients)[rows]       # [N,L], [N]
+    texts, columns, _ = questions(model, names, args.prompt, args.text_encoder)
+    asked = {name: columns[name] for name in names}  # in the order of the labels
     pairs = pair_truth(args, model, table, rows)[1] if table.has_reports else None  # [N,n,m]
     torch.manual_seed(args.seed)  # of the untrained weights
     untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
     untrained.start_from(torch.cat(texts), 0.1, 0.1)  # as a training begins
-    result, networks, seen = {"n": len(rows)}, {"trained": model, "untrained": untrained}, {}
-    if hasattr(model, "mask"):
-        # the trained weights, each stream given half of I^raw: what is kept apart without the mask
-        networks["M = 0.5"] = load_model(args.checkpoint, args.device).requires_grad_(False)
+    networks = {"trained": model, "untrained": untrained}
+    if hasattr(model, "mask"):  # and each stream given half of I^raw: what is apart without a mask
+        networks["M = 0.5"] = copy.deepcopy(model)
         networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
-    films = disentangle.counterfactual_films(table.size) if args.dataset == "synthetic" else ()
-    icl = model.config.streams == "dual" and model.args.get("beta", 1) > 0
+    result, seen = {"n": len(rows)}, {}
     for title, network in networks.items():
-        def relate(*queried):  # two arrays [P,2,D] -> [P,2,2]
-            queried = [torch.tensor(x, device=args.device) for x in queried]
-            return network.relate(*queried).sigmoid().cpu().numpy()
-
-        seen[title] = stages_of(args, network, table.images, rows, texts)
-        result[title] = disentangle.separation(seen[title], asked, labels, pairs, args.seed,
-                                               patients, relate if icl else None)
+        stages = ask(args, network, table.images, rows, texts, disentangle.stages_of)
+        tests = disentangle.separation(stages, asked, labels, pairs, args.seed, patients)
+        if has_icl(model) and pairs is not None:
+            tests["swap"] = disentangle.swap_shares(
+                network.relate, stages, pairs, args.seed, args.device)
         if hasattr(model, "mask"):
-            cells = ask(args, network, table.images, rows[:100], texts,
-                        lambda out: [out.raw_features, out.pathology_features])  # [100,h*w,C] each
-            result[title]["mask"] = {"M": disentangle.mask_values(*cells)}
-        if len(films):
-            drawn = stages_of(args, network, films, np.arange(len(films)), texts)
-            result[title]["counterfactual"] = {s: disentangle.moved(x) for s, x in drawn.items()}
+            cells = ask(args, network, table.images, rows[:100], texts, lambda out: {
+                "raw": out.raw_features, "masked": out.pathology_features})     # [100,h*w,C] each
+            tests["mask"] = {"M": disentangle.mask_values(**cells)}
+        if args.dataset == "synthetic":
+            films = disentangle.counterfactual_films(table.size)
+            drawn = ask(args, network, films, np.arange(len(films)), texts, disentangle.stages_of)
+            tests["counterfactual"] = {s: disentangle.moved(x) for s, x in drawn.items()}
+        result[title], seen[title] = tests, stages
     for test, lines in result["trained"].items():
         for title in networks:
             print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
@@ -340,16 +335,17 @@ def predict(args, model):
         squashed = read_image(args.image, args.image_size, equalize)
     except Exception:  # whatever a decoder makes of a damaged file
         raise InputError(f"--image {args.image} is {trouble(args.image)}; name another") from None
-    existence, _, pairs, maps = ask(args, model, squashed[None], [0], texts, lambda out: [
-        *pairs_of(model, out, texts[1]), maps_of(args, out)])  # [1,m], [1,n,m], [1,m,h,w]
+    said = ask(args, model, squashed[None], [0], texts, lambda out: {
+        **pairs_of(model, out, texts[1]), "maps": maps_of(args, out)})
+    existence, pairs, maps = said["existence"][0], said["pairs"][0], said["maps"][0]
     films = [{"film": film, "title": "as it is"}]  # beside the four answers
     # the user's own question first, then the likeliest
-    for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[0, columns[k]]))[:8]:
+    for label in sorted(columns, key=lambda k: (k != args.prompt, -existence[columns[k]]))[:8]:
         k = columns[label]
-        best = [f"{places[i]} {pairs[0, i, k]:.3f}" for i in np.argsort(-pairs[0, :, k])[:3]]
-        print(f"{existence[0, k]:.3f}  {label:<24}", *best, sep="  ")
-        heat = metrics.upsample_map(maps[0, k], *film.shape, args.image_size, model.cell_centres())
-        films.append({"film": film, "title": f"{label[:28]}: {existence[0, k]:.2f}", "heat": heat})
+        best = [f"{places[i]} {pairs[i, k]:.3f}" for i in np.argsort(-pairs[:, k])[:3]]
+        print(f"{existence[k]:.3f}  {label:<24}", *best, sep="  ")
+        heat = metrics.upsample_map(maps[k], *film.shape, args.image_size, model.cell_centres())
+        films.append({"film": film, "title": f"{label[:28]}: {existence[k]:.2f}", "heat": heat})
     path = Path(args.out_dir, "eval", "predict.png")
     with atomic(path) as draft:
         figures.gallery(draft, films[:5], "where each question looks; no medical device")
@@ -360,10 +356,26 @@ TASKS = {"classification": classification, "grounding": grounding, "relation": r
          "embedding": embedding}
 
 
+def write_results(stem, result, arrays, draw):
+    """result into <stem>.json, arrays into .npz, and what draw(path) draws into .png."""
+    with atomic(f"{stem}.json") as draft:
+        draft.write_text(json.dumps(result, indent=1, default=str) + "\n")  # str of a device
+    with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:
+        np.savez_compressed(file, **arrays)
+    with atomic(f"{stem}.png") as draft:
+        draw(draft)
+    print(f"written: {stem}.json .npz .png")
+
+
 def main(args):
     """Run one task; returns its metrics as written to the JSON (None for predict)."""
     args.device = pick_device(args.device)
-    model = read_model(args)
+    model = load_model(args.checkpoint, args.device).requires_grad_(False)
+    args.image_size = args.image_size or model.config.image_size  # pixels that it was trained at
+    if model.queries is None:  # a published checkpoint is asked the published vocabulary
+        if not args.pathology_book:
+            print("asked in our own words; --pathology-book takes the published ones")
+        give_queries(model, args.pathology_book, args.text_encoder)
     if args.task == "predict":
         return predict(args, model)
     table = data.load_from_args(args, args.image_size, model=model)
@@ -378,17 +390,9 @@ def main(args):
         keys = [key for key in result["published"] if key != "how"]
         print_table("", {"as published": result["published"]}, keys)
         print(result["published"]["how"])
-    result = {"task": args.task, "dataset": args.dataset, "split": args.split,
-              "checkpoint": args.checkpoint, "protocol": args.protocol, "prompt": args.prompt,
-              "equalized": table.equalized, **result}
-    stem = Path(args.out_dir, "eval", f"{args.dataset}_{args.task}")
-    with atomic(stem.with_suffix(".json")) as draft:
-        draft.write_text(json.dumps(result, indent=1) + "\n")
-    with atomic(stem.with_suffix(".npz")) as draft, open(draft, "wb") as file:
-        np.savez_compressed(file, **arrays)
-    with atomic(stem.with_suffix(".png")) as draft:
-        draw(draft)
-    print(f"written: {stem}.json .npz .png")
+    flags = ("task", "dataset", "split", "checkpoint", "protocol", "prompt")
+    result |= {flag: getattr(args, flag) for flag in flags} | {"equalized": table.equalized}
+    write_results(Path(args.out_dir, "eval", f"{args.dataset}_{args.task}"), result, arrays, draw)
     return result
 
 

@@ -51,9 +51,10 @@ def show_film(axis, film, title, heat=None, level=None, mask=None, region=None):
         axis.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="lime")
         if level:
             outline(axis, heat, level, "yellow")
-    for values, colour in ((region, "yellow"), (mask, "cyan")):
-        if values is not None:
-            outline(axis, values, 0.5, colour)
+    if region is not None:
+        outline(axis, region, 0.5, "yellow")
+    if mask is not None:
+        outline(axis, mask, 0.5, "cyan")
 
 
 def gallery(path, films, title):
@@ -133,60 +134,43 @@ def show_cloud(axis, points, group, names, title):
     axis.set_title(title, fontsize=10)
 
 
-def show_bars(axis, bars, keys, title):
-    """A horizontal bar for each key in each row of bars {row: {key: a share}}."""
+def show_bars(axis, bars, keys, low, title):
+    """A horizontal bar, from `low` on, for each key in each row of bars {row: {key: a share}}."""
     rows, thickness = np.arange(len(bars)), 0.8 / len(keys)
     for k, key in enumerate(keys):
         shares = [row[key] or 0 for row in bars.values()]  # None, where unknown: no bar
         axis.barh(rows + k * thickness, shares, thickness, color=COLOURS(k), label=key)
     axis.set_yticks(rows + 0.4 - thickness / 2, list(bars), fontsize=8)
     axis.invert_yaxis()
+    axis.set_xlim(low, 1)
     axis.set_title(title, fontsize=10)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def show_clouds(row, title, clouds, names, labels):
-    """Figs. 6, 5 and 8 on the first axes of a row; clouds: see disentangle.py; labels [N,L]."""
-    flat = {}
-    for name, (points, _) in clouds.items():
-        tsne = TSNE(perplexity=min(30, len(points) / 4), random_state=0)
-        flat[name] = tsne.fit_transform(points)
-    points, group = flat["queries"], clouds["queries"][1]
-    shown = labels.ravel()[:len(group)] == 1  # in the order of the points: film by film
-    show_cloud(row[0], points, group, names, f"Fig. 6, {title}: queried embeddings by query")
-    show_cloud(row[1], points, np.where(shown, group, -1), names,
-               f"Fig. 5, {title}: gray if the film does not show it")
-    if "streams" in clouds:
-        show_cloud(row[2], flat["streams"], clouds["streams"][1], ("I^p", "I^a"),
-                   f"Fig. 8, {title}: features by stream")
-        row[2].legend(fontsize=8, frameon=False)
-
-
 def draw_embedding(path, seen, asked, labels, result):
-    """t-SNE as in Figs. 5, 6 and 8, trained above untrained; then probes and the swap test. seen:
-    {network: stages}; asked: {label: its query}; labels [N,L]; result: as evaluate.py writes it."""
-    figure, axes = canvas(2, 4, 22, 9)
+    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. seen: {network:
+    stages}; asked: {label: its query}; labels [N,L]; result: as evaluate.py writes it."""
+    figure, axes = canvas(2, 5, 27, 9)
     for row, title in zip(axes, ("trained", "untrained")):
-        show_clouds(row, title, clouds_of(seen[title], asked), asked, labels)
+        flat, groups = {}, {}
+        for name, (points, group) in clouds_of(seen[title], asked).items():
+            tsne = TSNE(perplexity=min(30, len(points) / 4), random_state=0)
+            flat[name], groups[name] = tsne.fit_transform(points), group
+        query = groups["queries"]
+        shown = labels.ravel()[:len(query)] == 1  # in the order of the points: film by film
+        show_cloud(row[0], flat["queries"], query, asked, f"Fig. 6, {title}: by query")
+        show_cloud(row[1], flat["queries"], np.where(shown, query, -1), asked,
+                   f"Fig. 5, {title}: gray if the film does not show it")
+        if "streams" in flat:
+            show_cloud(row[2], flat["streams"], groups["streams"], ("I^p", "I^a"),
+                       f"Fig. 8, {title}: features by stream")
+            row[2].legend(fontsize=8, frameon=False)
+        probes, swap = result[title]["probes"], result[title].get("swap")
+        show_bars(row[3], probes, list(probes["raw_features"]), 0.5, f"{title}, probes: AUROC")
+        if swap:
+            show_bars(row[4], swap, ("A,A", "B,A", "A,B", "B,B"), 0,
+                      f"swap test, {title}: film of the pathology, of the place")
     axes[0, 0].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
-    probes, swaps = {}, {}
-    for stage, scores in result["trained"]["probes"].items():
-        probes |= {stage: scores, f"{stage}, untrained": result["untrained"]["probes"][stage]}
-    show_bars(axes[0, 3], probes, list(scores), "probes: AUROC")
-    axes[0, 3].set_xlim(0.5, 1)  # 0.5 is a guess
-    for title in ("trained", "untrained"):
-        for name, shares in result[title].get("swap", {}).items():
-            swaps[f"{name}, {title}"] = shares
-    if swaps:
-        show_bars(axes[1, 3], swaps, ("A,A", "B,A", "A,B", "B,B"),
-                  "swap test: film of the pathology, film of the place; a guess: 0.25")
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
     finish(figure, path)
-
-
-def draw_masks(path, examples, title):
-    """examples: list of (film [S,S], mask bool [H,W], probability [h,w], title)."""
-    films = [{"film": film, "mask": mask, "region": probability, "title": name}
-             for film, mask, probability, name in examples]
-    gallery(path, films, f"{title}; cyan: truth; yellow: predicted")

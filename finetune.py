@@ -1,6 +1,6 @@
 """What is the encoder worth? A new head on it, from 1, 10 or 100 % of a data set (Table V).
 
-    python finetune.py --task segmentation --dataset siim --ratio 0.1 --seeds 3
+    for seed in 0 1 2; do python finetune.py --task segmentation --dataset siim --seed $seed; done
     python finetune.py --task classification --dataset nih --init random --unfreeze
     python finetune.py --task classification --ratio 0.1    # phantoms; a minute, after train.py
 
@@ -15,13 +15,11 @@ Differs from the paper and the released code:
   0.5), and --ratio is of the patients, each class in proportion. `published`, for Table V: all
   images outside the test split are learned from (NIH: all of train_val_list.txt), --ratio is of
   images at random, and the test split chooses, as released, which makes the scores too good. It
-  chooses by the loss (released: by AUROC), and features are those of layer3 (released: of an
-  untrained layer4).
+  chooses by the loss (released: by AUROC), on features of layer3 (released: an untrained layer4).
 - dice is a mean over test images with a mask; dice_all, as published, over all, where an empty
   mask left empty counts 1: 0.778 on SIIM for a network that never finds anything.
 """
 import copy
-import json
 import math
 import sys
 from pathlib import Path
@@ -37,10 +35,10 @@ from torchvision.tv_tensors import Image, Mask
 
 import data
 import figures
+import metrics
 from checkpoint import load_model
 from cli import InputError, Parser, atomic, number, pick_amp, pick_device, print_table, run
-from metrics import (best_dice_threshold, best_thresholds, mask_scores, nearest,
-                     scores_with_intervals)
+from evaluate import add_flags, write_results
 from model import build_backbone
 from train import learning_rate
 
@@ -64,28 +62,19 @@ MASKS = {"synthetic": "pneumothorax", "siim": "Pneumothorax", "covid-chestxray":
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    data.add_data_flags(p)
-    g = p.add_argument_group("what to learn, with which encoder")
-    g.add_argument("--task", required=True, choices=["classification", "segmentation"])
-    g.add_argument("--dataset", choices=data.DATASETS, default="synthetic")
-    g.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="share of the data")
-    g.add_argument("--protocol", choices=PROTOCOLS, default="honest", help="see the file's head")
-    g.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
-    g.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
-    g.add_argument("--checkpoint", metavar="FILE_OR_HUB_ID", default="out/ckpt.pt")
-    g.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
-    g.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
-    g = p.add_argument_group("training (Table II; synthetic, covid-chestxray: a CPU's minutes)")
-    for flag in ("--image-size", "--epochs", "--min-steps", "--batch-size"):
-        g.add_argument(flag, type=number(int, 1))
+    p.add_argument("--task", required=True, choices=["classification", "segmentation"])
+    p.add_argument("--ratio", type=number(float, 1e-6, 1), default=1.0, help="share of the data")
+    p.add_argument("--protocol", choices=PROTOCOLS, default="honest", help="see the file's head")
+    p.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
+    p.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
+    p.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
+    p.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
+    for flag in ("--epochs", "--min-steps"):  # left out: SETTINGS, as image and batch size
+        p.add_argument(flag, type=number(int, 1))
     for flag in ("--lr", "--warmup-epochs"):
-        g.add_argument(flag, type=number(float, 0))
-    g.add_argument("--seed", type=number(int, 0), default=0, help="of subset, weights and order")
-    g.add_argument("--seeds", type=number(int, 1), default=1, help="repeat with seed + 1, ...")
-    g.add_argument("--bootstrap", type=number(int, 1), default=1000, help="for 95 %% intervals")
-    g.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
-    g.add_argument("--device", help="cuda where there is one, else cpu")
-    g.add_argument("--out-dir", metavar="DIR", default="out")
+        p.add_argument(flag, type=number(float, 0))
+    p.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
+    add_flags(p)
     return p.parse_args(argv)
 
 
@@ -116,17 +105,17 @@ class Images(Dataset):
     def __init__(self, table, rows, targets, size, augment=False):
         self.table, self.rows, self.targets, self.size = table, rows, targets, size
         self.patients, self.augment = np.array(table.patients)[rows], augment
-        affine = v2.RandomAffine(degrees=5, translate=(0.05, 0.05), scale=(1, 1.2),
-                                 interpolation=v2.InterpolationMode.BILINEAR)
         # mirroring is safe: no label and no mask here says left or right
-        self.move = v2.Compose([v2.Resize([size, size]), v2.RandomHorizontalFlip(), affine])
+        self.move = v2.Compose([
+            v2.Resize([size, size]), v2.RandomHorizontalFlip(),
+            v2.RandomAffine(degrees=5, translate=(0.05, 0.05), scale=(1, 1.2),
+                            interpolation=v2.InterpolationMode.BILINEAR)])
 
     def __len__(self):
         return len(self.rows)
 
     def __getitem__(self, k):
-        image = Image(np.array(self.table.images[self.rows[k]]))                # uint8 [1,S,S]
-        target = self.targets[k]
+        image, target = Image(np.array(self.table.images[self.rows[k]])), self.targets[k]  # [1,S,S]
         if target.dim() == 2:
             target = Mask(target)  # moves with its image; labels stay as they are
         if self.augment:
@@ -140,12 +129,14 @@ def read_splits(args, table, splits, labels):
     for row in np.flatnonzero(np.isin(table.splits, splits)):
         if args.task == "segmentation":
             mask = table.mask(row, labels[0])                                   # bool [H,W]
-            target = None if mask is None else nearest(mask, args.image_size, args.image_size)
+            if mask is not None:
+                rows.append(row)
+                targets.append(metrics.nearest(mask, args.image_size, args.image_size))
         else:
-            target = table.labels[row, [table.label_names.index(name) for name in labels]]
-        if target is not None and (target >= 0).any():                          # -1: unknown
-            rows.append(row)
-            targets.append(target)
+            known = table.labels[row, [table.label_names.index(name) for name in labels]]
+            if (known >= 0).any():                                              # -1: unknown
+                rows.append(row)
+                targets.append(known)
     targets = torch.from_numpy(np.array(targets, np.int8))                      # [N,L] or [N,s,s]
     if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
         raise InputError(f"the {' and '.join(splits)} images of {args.dataset} do not both show "
@@ -198,31 +189,26 @@ class Decoder(nn.Module):
 
 class FineTuned(nn.Module):
     """Backbone and new head: images [B,3,H,W] -> logits, [B,L] of labels or [B,H,W] of a mask."""
-    def __init__(self, task, labels, backbone, image_size, frozen):
+    def __init__(self, task, n_labels, backbone, frozen):
         super().__init__()
-        self.config = dict(task=task, labels=labels, backbone=backbone, image_size=image_size,
-                           frozen=frozen)
+        self.task, self.frozen = task, frozen
         self.backbone, channels, _, _ = build_backbone(backbone)
         self.backbone.requires_grad_(not frozen)
         if task == "classification":  # batch norm without weights standardises the features
             self.head = nn.Sequential(nn.BatchNorm1d(channels, affine=False),
-                                      nn.Linear(channels, len(labels)))
+                                      nn.Linear(channels, n_labels))
         else:
             self.head = Decoder(CHANNELS[backbone])
 
-    def train(self, mode=True):
-        super().train(mode)
-        # a frozen batch norm keeps its statistics, else the encoder would change all the same
-        self.backbone.train(mode and not self.config["frozen"])
-        return self
-
     def features(self, images):
         """What the head is given: the mean of the last map, or the last map of each resolution."""
+        # a frozen batch norm keeps its statistics, else the encoder would change all the same
+        self.backbone.train(self.training and not self.frozen)
         x, maps = images, {}
         for layer in self.backbone:
             x = layer(x)
             maps[x.shape[-1]] = x  # a later map of the same resolution takes its place
-        return x.mean((2, 3)) if self.config["task"] == "classification" else list(maps.values())
+        return x.mean((2, 3)) if self.task == "classification" else list(maps.values())
 
     def forward(self, images):
         return self.head(self.features(images))
@@ -265,7 +251,7 @@ def fit(learner, train, held, args):
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
     step, best, curve = 0, math.inf, []
     for epoch in range(1, epochs + 1):
-        learner.train()  # not what is frozen: FineTuned.train
+        learner.train()
         losses = []
         for inputs, targets in batches:
             optimizer.param_groups[0]["lr"] = learning_rate(step, warmup, total, args.lr, MIN_LR)
@@ -290,67 +276,38 @@ def fit(learner, train, held, args):
     return curve
 
 
-def score(args, net, labels, train, held, test):
-    """-> (scores, probabilities [N,L] or [N,s,s]) of the test images; prints a table."""
-    logits, targets = outputs(net, test, args)
-    truth, answers = targets.numpy(), logits.sigmoid().numpy()                  # [N,L] or [N,s,s]
-    if args.task == "classification":
-        held_logits, held_labels = outputs(net, held, args)
-        thresholds = best_thresholds(held_labels.numpy(), held_logits.sigmoid().numpy())    # [L]
-        scores = scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
-                                       test.patients)
-        lines = {"thresholds as chosen": scores, "thresholds best on test": scores["customary"]}
-        print_table("", lines, ("auroc", "auroc_ci95", "ap", "f1", "acc"))
-    else:
-        masks = train.targets.numpy() == 1
-        masks = masks[masks.any((1, 2))]                                        # [n,s,s]
-        mean = masks.mean(0) / masks.mean(0).max()  # a fixed region needs no look at the image
-        fixed = mean > best_dice_threshold([mean] * len(masks), masks)              # [s,s]
-        scores = mask_scores(logits.numpy() > 0, truth == 1, fixed, test.patients, args.bootstrap)
-        lines = {"network": scores,
-                 "trivial: a fixed region": {"dice": scores["trivial"]["fixed_dice"]},
-                 "trivial: always empty": {"dice_all": scores["trivial"]["empty_dice_all"]}}
-        print_table("", lines, ("n", "dice", "dice_ci95", "iou", "n_all", "dice_all"))
-    return scores, answers
+def score_labels(args, net, labels, held, test):
+    """-> (scores, probabilities [N,L] of the test images, a function that draws into a file)."""
+    logits, held_labels = outputs(net, held, args)                              # [., L]
+    thresholds = metrics.best_thresholds(held_labels.numpy(), logits.sigmoid().numpy())  # [L]
+    logits, truth = outputs(net, test, args)                                    # [N,L]
+    truth, answers = truth.numpy(), logits.sigmoid().numpy()
+    scores = metrics.scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
+                                           test.patients)
+    lines = {"thresholds as chosen": scores, "thresholds best on test": scores["customary"]}
+    print_table("", lines, ("auroc", "auroc_ci95", "ap", "f1", "acc"))
+    return scores, answers, lambda path: figures.draw_classes(path, scores["per_class"], labels,
+                                                              truth, answers)
 
 
-def one_run(args, seed, labels, train, held, test, model):
-    """One seed, from the subset to the test -> (network, scores, arrays for the .npz)."""
-    torch.manual_seed(seed)  # new weights, order of the batches, augmentation
-    present = train.targets == 1                                                # [N,L] or [N,s,s]
-    if args.task == "segmentation":
-        present = present.flatten(1).any(1, keepdim=True)                       # [N,1]
-    rows = subset(train.patients, present.numpy(), args.ratio, seed, args.protocol)
-    train = Images(train.table, train.rows[rows], train.targets[rows], args.image_size)
-    print(f"seed {seed}: {len(train)} images to learn from, {len(held)} to choose by")
-    net = FineTuned(args.task, labels, args.backbone, args.image_size, not args.unfreeze)
-    if model is not None:
-        net.backbone.load_state_dict(model.backbone.state_dict())
-    rate = (train.targets == 1).float().mean()  # of positives: there the head starts
-    last_layer = list(net.head.modules())[-1]
-    nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
-    net.to(args.device, memory_format=torch.channels_last).eval()  # the layout is faster in bf16
-    if args.task == "classification" and not args.unfreeze:  # the same features in each epoch
-        features = [TensorDataset(*outputs(net.features, part, args)) for part in (train, held)]
-        curve = fit(net.head, *features, args)
-    else:
-        train.augment = True
-        curve = fit(net, train, held, args)
-    scores, answers = score(args, net, labels, train, held, test)
-    arrays = {"ids": [test.table.ids[row] for row in test.rows], "names": labels,
-              "labels": test.targets.numpy(), "scores": answers}
-    return net, scores | {"seed": seed, "n_train": len(train), "curve": curve}, arrays
-
-
-def draw(path, args, test, scores, arrays):
-    """AUROC and ROC curve of each label, or the masks of the first test images that have one."""
-    labels, truth, answers = arrays["names"], arrays["labels"], arrays["scores"]
-    if args.task == "classification":
-        figures.draw_classes(path, scores["per_class"], labels, truth, answers)
-    else:
-        examples = [(test.table.images[test.rows[k]], truth[k] == 1, answers[k],
-                     arrays["ids"][k][-24:]) for k in np.flatnonzero(truth.any((1, 2)))[:8]]
-        figures.draw_masks(path, examples, labels[0])
+def score_masks(args, net, labels, train, test):
+    """-> (scores, probabilities [N,s,s] of the test images, a function that draws into a file)."""
+    logits, truth = outputs(net, test, args)                                    # [N,s,s]
+    truth, answers = truth.numpy() == 1, logits.sigmoid().numpy()
+    learned = train.targets.numpy() == 1
+    learned = learned[learned.any((1, 2))]
+    mean = learned.mean(0) / learned.mean(0).max()  # a fixed region needs no look at the image
+    fixed = mean > metrics.best_dice_threshold([mean] * len(learned), learned)  # [s,s]
+    scores = metrics.mask_scores(logits.numpy() > 0, truth, fixed, test.patients, args.bootstrap)
+    lines = {"network": scores,
+             "trivial: a fixed region": {"dice": scores["trivial"]["fixed_dice"]},
+             "trivial: always empty": {"dice_all": scores["trivial"]["empty_dice_all"]}}
+    print_table("", lines, ("n", "dice", "dice_ci95", "iou", "n_all", "dice_all"))
+    films = [{"film": test.table.images[test.rows[k]], "mask": truth[k], "region": answers[k],
+              "title": test.table.ids[test.rows[k]][-24:]}
+             for k in np.flatnonzero(truth.any((1, 2)))[:8]]  # the first ones that have a mask
+    return scores, answers, lambda path: figures.gallery(
+        path, films, f"{labels[0]}; cyan: truth; yellow: predicted")
 
 
 def main(args):
@@ -363,30 +320,44 @@ def main(args):
         raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
     if args.protocol == "published":
         print("published: the test split chooses the epoch and the thresholds, as released")
-    parts = [read_splits(args, table, splits, labels) for splits in PROTOCOLS[args.protocol]]
+    train, held, test = [read_splits(args, table, splits, labels)
+                         for splits in PROTOCOLS[args.protocol]]
+    torch.manual_seed(args.seed)  # new weights, order of the batches, augmentation
+    present = train.targets == 1                                                # [N,L] or [N,s,s]
+    if args.task == "segmentation":
+        present = present.flatten(1).any(1, keepdim=True)                       # [N,1]
+    rows = subset(train.patients, present.numpy(), args.ratio, args.seed, args.protocol)
+    train = Images(table, train.rows[rows], train.targets[rows], args.image_size)
+    print(f"{len(train)} images to learn from, {len(held)} to choose by, {len(test)} to score")
+
+    net = FineTuned(args.task, len(labels), args.backbone, not args.unfreeze)
+    if model is not None:
+        net.backbone.load_state_dict(model.backbone.state_dict())
+    rate = (train.targets == 1).float().mean()  # of positives: there the head starts
+    last_layer = list(net.head.modules())[-1]
+    nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
+    net.to(args.device, memory_format=torch.channels_last).eval()  # the layout is faster in bf16
+    if args.task == "classification" and not args.unfreeze:  # the same features in each epoch
+        features = [TensorDataset(*outputs(net.features, part, args)) for part in (train, held)]
+        curve = fit(net.head, *features, args)
+    else:
+        train.augment = True
+        curve = fit(net, train, held, args)
+
+    if args.task == "classification":
+        scores, answers, draw = score_labels(args, net, labels, held, test)
+    else:
+        scores, answers, draw = score_masks(args, net, labels, train, test)
     network = Path(args.out_dir, f"finetune-{args.dataset}-{args.task}.pt")
-    stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
-    runs = []
-    for seed in range(args.seed, args.seed + args.seeds):
-        net, scores, arrays = one_run(args, seed, labels, *parts, model)
-        runs.append(scores)
-        if seed == args.seed:  # the first one gives the checkpoint, the predictions and the figure
-            with atomic(network) as draft:
-                torch.save({"model": net.state_dict(), "config": net.config}, draft)
-            with atomic(f"{stem}.npz") as draft, open(draft, "wb") as file:  # else savez adds .npz
-                np.savez_compressed(file, **arrays)
-            with atomic(f"{stem}.png") as draft:
-                draw(draft, args, parts[2], scores, arrays)
-    result = {"task": args.task, "dataset": args.dataset, "labels": labels, **runs[0],
-              "args": vars(args), "runs": runs}
-    if args.seeds > 1:
-        key = "auroc" if args.task == "classification" else "dice"
-        values = [run[key] for run in runs]
-        result |= {f"{key}_mean": np.mean(values), f"{key}_std": np.std(values, ddof=1)}
-        print_table("", {"over the seeds": result}, (f"{key}_mean", f"{key}_std"))
-    with atomic(f"{stem}.json") as draft:
-        draft.write_text(json.dumps(result, indent=1, default=str) + "\n")  # str of device, dtype
-    print(f"written: {network}, {stem}.json .npz .png")
+    with atomic(network) as draft:
+        torch.save({"model": net.state_dict(), "labels": labels, "backbone": args.backbone}, draft)
+    result = {"task": args.task, "dataset": args.dataset, "labels": labels, **scores,
+              "n_train": len(train), "curve": curve, "args": vars(args)}
+    arrays = {"ids": np.array(table.ids)[test.rows], "names": labels,
+              "labels": test.targets.numpy(), "scores": answers}
+    print(f"written: {network}")
+    write_results(Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}"), result,
+                  arrays, draw)
 
 
 if __name__ == "__main__":

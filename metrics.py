@@ -3,19 +3,18 @@
     from metrics import classification_scores, grounding_scores, relation_scores
     python -m pytest tests/test_metrics.py    # each of them on cases that a pencil can check
 
-Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds.
+Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds; a map has
+h x w cells, its mask and film H x W pixels. A mean over nothing is None.
 Differs from the released code: a map is divided by its own maximum, there by that of its batch.
 `released_scores` and `released_regions` follow the released rules.
 """
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
 from scipy.stats import rankdata
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, f1_score, precision_recall_curve
-from sklearn.model_selection import GroupKFold, cross_val_score
 
 
-def mean_or_none(values):  # None: nothing counts for this score
+def mean_or_none(values):
     return float(np.mean(values)) if len(values) else None
 
 
@@ -57,6 +56,12 @@ def classification_scores(labels, scores, threshold=None, names=None):
             "acc": float((found == labels).mean()), "threshold": float(threshold), **counts}
 
 
+def best_thresholds(labels, scores):
+    """[L]: of highest F1 on [N,L]; 0.5 for a class that no image shows, or every one."""
+    best = classification_scores(labels, scores)["threshold"].values()
+    return np.array([0.5 if threshold is None else threshold for threshold in best])
+
+
 def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     """(low, high): the central 95 % of metric(labels, scores) on n resamples, (None, None) without
     an answer; a list of them if the metric gives several numbers."""
@@ -74,22 +79,18 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     return intervals if values[0].ndim else intervals[0]
 
 
-def released_scores(labels, scores):
-    """Means over the classes of [N,L] as the released scripts compute them; "how" says how."""
-    best, accuracies = classification_scores(labels, scores), []
-    for column, score, one in zip(labels.T, scores.T, best["per_class"].values()):
-        if one["threshold"] is not None:
-            found, known = score > one["threshold"], column >= 0
-            accuracies.append((found == column)[known].mean())
-    return {"how": "mean of all labels, F1 at each one's best threshold on these very images, "
-                   "ACC of what lies above that threshold, not at it",
-            "auroc": best["auroc"], "f1": best["f1"], "acc": mean_or_none(accuracies)}
+def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
+    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
+    `customary` the same at the thresholds that are best on these very labels."""
+    def aurocs(labels, scores):  # of each class, and last their mean
+        each = np.array([auroc(*pair) for pair in zip(labels.T, scores.T)])
+        return [*each, mean_or_none(each[~np.isnan(each)])]
 
-
-def best_thresholds(labels, scores):
-    """[L]: of highest F1 on [N,L]; 0.5 for a class that no image shows, or every one."""
-    best = classification_scores(labels, scores)["threshold"].values()
-    return np.array([0.5 if threshold is None else threshold for threshold in best])
+    result = classification_scores(labels, scores, thresholds, names)
+    intervals = bootstrap_ci(aurocs, labels, scores, n, seed, groups)           # [L+1]
+    for block, interval in zip([*result["per_class"].values(), result], intervals):
+        block["auroc_ci95"] = interval
+    return {**result, "customary": classification_scores(labels, scores, None, names)}
 
 
 def auroc_healthy(labels, scores, names):
@@ -98,42 +99,29 @@ def auroc_healthy(labels, scores, names):
     can tell, since its negatives may have another one."""
     says_so = np.isin(names, ("No Finding", "normal"))                          # [L]
     healthy = (labels[:, ~says_so] == 0).all(1) & (labels[:, says_so] == 1).all(1)
-    if says_so.sum() > len(names) - 2 or not healthy.any():
+    if (~says_so).sum() < 2 or not healthy.any():
         return {}
-    result = {}
-    for name, column, score in zip(names, labels.T, scores.T):
-        against = np.where(column == 1, 1, np.where(healthy, 0, -1))            # [N]
-        value = auroc(against, score)
-        result[str(name)] = None if np.isnan(value) else value
-    return result
+    against = np.full(labels.shape, -1)                                         # [N,L]
+    against[healthy] = 0
+    against[labels == 1] = 1
+    per_class = classification_scores(against, scores, 0.5, names)["per_class"]
+    return {name: one["auroc"] for name, one in per_class.items()}
 
 
-def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
-    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
-    `customary` the same at the thresholds that are best on these very labels."""
-    def aurocs(labels, scores):  # of each class, and last their mean
-        each = np.array([auroc(*pair) for pair in zip(labels.T, scores.T)])
-        return [*each, mean_or_none(each[~np.isnan(each)])]
-    result = classification_scores(labels, scores, thresholds, names)
-    intervals = bootstrap_ci(aurocs, labels, scores, n, seed, groups)           # [L+1]
-    for block, interval in zip([*result["per_class"].values(), result], intervals):
-        block["auroc_ci95"] = interval
-    return {**result, "customary": classification_scores(labels, scores, None, names)}
+def released_scores(labels, scores):
+    """Means over the classes of [N,L] as the released scripts compute them; "how" says how."""
+    best, accuracies = classification_scores(labels, scores), []
+    for column, score, one in zip(labels.T, scores.T, best["per_class"].values()):
+        if one["threshold"] is not None:
+            known = column >= 0
+            accuracies.append(((score > one["threshold"]) == column)[known].mean())
+    return {"how": "mean of all labels, F1 at each one's best threshold on these very images, "
+                   "ACC of what lies above that threshold, not at it",
+            "auroc": best["auroc"], "f1": best["f1"], "acc": mean_or_none(accuracies)}
 
 
-def scores_of_parts(labels, scores, thresholds, names, new, n=1000, seed=0, groups=None):
-    """{part: `scores_with_intervals`} of the classes that the model was trained on, and of those
-    that are new to it; new bool [L]."""
-    parts = {}
-    for title, part in (("trained on", ~new), ("not trained on", new)):
-        if part.any():
-            parts[title] = scores_with_intervals(labels[:, part], scores[:, part], thresholds[part],
-                                                 names[part], n, seed, groups)
-    return parts
-
-
-POINTING = ("pointing_game", "pointing_within_cell", "pointing_released")
-SCORES = (*POINTING, "iou", "dice")
+SCORES = ("pointing_game", "pointing_within_cell", "pointing_released", "iou", "dice")
+TRIVIAL = ("random_point", "brightest_point", "fixed")  # `all_scores` says what they are
 THRESHOLDS = np.geomspace(1e-4, 0.98, 50)  # shares of a map's maximum; some maps are peaked
 
 
@@ -155,167 +143,151 @@ def upsample_map(attention, height, width, size=None, centres=(0.0, None)):
     return map_coordinates(attention, np.meshgrid(*at, indexing="ij"), order=1, mode="nearest")
 
 
-def dice_scores(heat, mask, thresholds):
-    """[K]: the Dice of mask [H,W], which is not empty, with the region heat / its maximum > t."""
-    regions = [heat / max(heat.max(), 1e-12) > threshold for threshold in thresholds]
-    return np.array([2 * (region & mask).sum() / (region.sum() + mask.sum()) for region in regions])
+def dice_of(regions, masks):
+    """Dice of regions and masks, bool [...,H,W]; 1 where both are empty."""
+    overlap = (regions & masks).sum((-2, -1))
+    total = regions.sum((-2, -1)) + masks.sum((-2, -1))
+    return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
+
+
+def dice_at(heat, mask, thresholds):
+    """[K]: Dice of mask [H,W] and the region heat / its maximum > threshold, for K thresholds."""
+    shares = heat / max(heat.max(), 1e-12)
+    return dice_of(shares > np.reshape(thresholds, (-1, 1, 1)), mask)           # [K,H,W] -> [K]
 
 
 def best_dice_threshold(heats, masks):
     """The share of a map's maximum that has the best mean Dice over heats and masks [H,W]."""
-    dice = [dice_scores(heat, mask, THRESHOLDS) for heat, mask in zip(heats, masks)]
+    dice = [dice_at(heat, mask, THRESHOLDS) for heat, mask in zip(heats, masks)]
     return float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
 
 
-def dice_of(regions, masks):
-    """[N]: Dice of regions and masks, bool [N,H,W]; 1 where both are empty."""
-    total = regions.sum((1, 2)) + masks.sum((1, 2))
-    return 1 - (regions ^ masks).sum((1, 2)) / np.maximum(total, 1)
-
-
-def mask_scores(regions, masks, fixed, groups, n=1000):
-    """Scores of predicted regions against masks, bool [N,H,W]: means over the images with a mask,
-    and over all. trivial: one region [H,W] for every image, and none at all."""
-    dice, filled = dice_of(regions, masks), masks.any((1, 2))                   # [N]
-    iou, false_positive = dice / (2 - dice), regions.any((1, 2)) & ~filled
-    fixed_dice = dice_of(np.broadcast_to(fixed, masks.shape), masks)
-    interval = [bootstrap_ci(lambda d, _: d.mean(), dice[rows], dice[rows], n, 0, groups[rows])
-                for rows in (filled, np.ones_like(filled))]
-    return {"n": int(filled.sum()), "threshold": 0.5, "dice": dice[filled].mean(),
-            "dice_ci95": interval[0], "iou": iou[filled].mean(),
-            "n_all": len(filled), "dice_all": dice.mean(), "dice_all_ci95": interval[1],
-            "iou_all": iou.mean(), "false_alarms": false_positive.sum() / max(1, (~filled).sum()),
-            "trivial": {"fixed_dice": fixed_dice[filled].mean(),
+def mask_scores(regions, masks, fixed, patients, n=1000):
+    """Dice and IoU of predicted regions, bool [N,H,W]: means over the images with a mask; dice_all:
+    over all. trivial: one fixed region [H,W] for every image, and none at all."""
+    dice_all, filled = dice_of(regions, masks), masks.any((1, 2))               # [N]
+    dice = dice_all[filled]
+    mean = lambda dice, _: dice.mean()
+    return {"n": len(dice), "threshold": 0.5, "dice": dice.mean(),
+            "dice_ci95": bootstrap_ci(mean, dice, dice, n, 0, patients[filled]),
+            "iou": (dice / (2 - dice)).mean(), "n_all": len(masks), "dice_all": dice_all.mean(),
+            "dice_all_ci95": bootstrap_ci(mean, dice_all, dice_all, n, 0, patients),
+            "trivial": {"fixed_dice": dice_of(fixed, masks[filled]).mean(),
                         "empty_dice_all": (~filled).mean()}}
 
 
 def hit_regions(mask, h, w):
-    """{rule: bool [H,W]}: where a point is a hit on mask [H,W], of a map with h x w cells: in the
-    mask; at most one cell from it; in a cell whose block has any pixel of the mask."""
+    """Where a point is a hit on mask [H,W], bool [3,H,W], of a map with h x w cells: in the mask;
+    at most one cell from it; in a cell whose block has any pixel of it, as released."""
     distance = distance_transform_edt(~mask, (h / mask.shape[0], w / mask.shape[1]))  # in cells
     number = nearest(np.arange(h * w).reshape(h, w), *mask.shape)  # the cell of each pixel
-    return dict(zip(POINTING, (mask, distance <= 1, np.isin(number, number[mask]))))
+    return np.stack([mask, distance <= 1, np.isin(number, number[mask])])
 
 
-def points_at(heat, regions):
-    """{rule: 1 if the maximum of heat [H,W] is a hit}; equal maxima share the point."""
-    return {rule: float(region[heat == heat.max()].mean()) for rule, region in regions.items()}
-
-
-def map_scores(cells, heat, mask, threshold):
-    """Pointing by three rules, IoU and Dice of a map: its cells [h,w], and on the grid of its mask
-    [H,W] as `upsample_map` gives it."""
-    regions = hit_regions(mask, *cells.shape)
-    dice = float(dice_scores(heat, mask, [threshold])[0])
-    # as released, the whole block of the highest cell points
-    blocks = points_at(nearest(cells, *mask.shape), regions)
-    return {**points_at(heat, regions), "pointing_released": blocks["pointing_released"],
-            "iou": dice / (2 - dice), "dice": dice}
+def map_scores(heat, blocks, regions, threshold):
+    """The SCORES [5] of a map on the grid of its mask: heat [H,W] as `upsample_map` gives it, and
+    blocks [H,W] as `nearest` does; regions: `hit_regions`. Equal maxima share the point."""
+    point, block = heat == heat.max(), blocks == blocks.max()  # as released, a whole block points
+    dice = dice_at(heat, regions[0], [threshold])[0]
+    return [regions[0][point].mean(), regions[1][point].mean(), regions[2][block].mean(),
+            dice / (2 - dice), dice]
 
 
 def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)):
-    """`map_scores` at `threshold` of each map's maximum: means over maps [h,w] and their masks
-    [H,W], without the empty masks. The rest: `upsample_map`."""
+    """Means of `map_scores` over maps [h,w] and their masks [H,W], without the empty masks, at
+    `threshold` of each map's maximum. The rest: `upsample_map`."""
     each = []
     for cells, mask in zip(attention, masks):
         cells, mask = np.asarray(cells, float), np.asarray(mask) > 0
         if mask.any():
             heat = upsample_map(cells, *mask.shape, size, centres)
-            each.append(map_scores(cells, heat, mask, threshold))
-    means = {key: mean_or_none([scores[key] for scores in each]) for key in SCORES}
-    return {**means, "threshold": threshold, "n": len(each)}
+            each.append(map_scores(heat, nearest(cells, *mask.shape),
+                                   hit_regions(mask, *cells.shape), threshold))
+    means = [mean_or_none(values) for values in np.reshape(each, (-1, len(SCORES))).T]
+    return {**dict(zip(SCORES, means)), "threshold": threshold, "n": len(each)}
 
 
-def compare(found, fixed, threshold):
-    """Of each finding {answer: {score: ...}}, also of trivial answers. found: what has .label and
-    .film, .mask, .heat [S,S], .cells [h,w]; fixed: {label: (mean mask of other films [S,S], the
-    level of its best Dice)}. A label that is not in `fixed` is answered by the whole film."""
-    each = []
-    for f in found:
-        everywhere = np.ones(f.mask.shape, bool)
-        mean, level = fixed.get(f.label, (everywhere, 0))
-        regions = hit_regions(f.mask, *f.cells.shape)
-        each.append({"model": map_scores(f.cells, f.heat, f.mask, threshold),
-                     "random_point": points_at(everywhere, regions),
-                     "brightest_point": points_at(f.film, regions),
-                     "fixed_point": points_at(mean, regions),
-                     "fixed_region": {"dice": float(dice_scores(mean, f.mask, [level])[0])}})
-    return each
+def fixed_answers(located):
+    """{label: (mean mask [S,S], its level of best Dice)}: answers that need no look at the image.
+    located: of each training image [(label, mask [S,S])]."""
+    masks, answers = {}, {}
+    for found in located:
+        for label, mask in found:
+            masks.setdefault(label, []).append(mask)
+    for label, group in masks.items():
+        mean = np.mean(group, axis=0)
+        answers[label] = mean, best_dice_threshold([mean] * len(group), group)
+    return answers
+
+
+def all_scores(finding, fixed, threshold):
+    """SCORES of the model's map and of the TRIVIAL maps, [4,5]: one that is the same everywhere, so
+    a random point and the whole film; the film itself, at the same threshold; the mean mask of
+    training films at its own level (`fixed_answers`). finding: evaluate.Finding."""
+    everywhere = np.ones(finding.mask.shape)
+    mean, level = fixed.get(finding.label, (everywhere, 0))  # nothing to go by: the whole film
+    regions = hit_regions(finding.mask, *finding.cells.shape)
+    blocks = nearest(finding.cells, *finding.mask.shape)
+    return [map_scores(finding.heat, blocks, regions, threshold),
+            map_scores(everywhere, everywhere, regions, threshold),
+            map_scores(finding.film, finding.film, regions, threshold),
+            map_scores(mean, mean, regions, level)]
+
+
+def answer_means(each):
+    """Means of `all_scores` [n,4,5]: the model's, and the others' under trivial."""
+    model, *others = [dict(zip(SCORES, row)) for row in each.mean(0).tolist()]
+    return {**model, "n": len(each), "trivial": dict(zip(TRIVIAL, others))}
+
+
+def grounding_summary(labels, each, patients, n=1000, seed=0):
+    """Of findings with labels [n], `all_scores` each [n,4,5] and patients [n]: means over all and
+    `per_class`, the class whose map points worst, and intervals over patients."""
+    per_class = {str(name): answer_means(each[labels == name]) for name in np.unique(labels)}
+    worst = min(per_class, key=lambda name: per_class[name]["pointing_within_cell"])
+    model = each[:, 0]                                                          # [n,5]
+    intervals = bootstrap_ci(lambda _, x: x.mean(0), model, model, n, seed, patients)
+    return {**answer_means(each), "per_class": per_class,
+            "worst": {"name": worst,
+                      "pointing_within_cell": per_class[worst]["pointing_within_cell"]},
+            **{f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}}
 
 
 def released_regions(found):
-    """Scores of findings, as `compare` takes them, as the released scripts draw regions: a cell
-    fills its block, and counts if it exceeds a fixed share of the maximum of the batch. Here that
-    is the maximum of a label's scored maps, so that the batch size does not matter."""
-    highest, scores = {}, {
-        "how": "blocks above 0 (MeDSLIP's released threshold: a softmax is never 0, so nearly the "
-        "whole film), and above 0.008 of the maximum (MedKLIP's)"}
+    """Dice and IoU of findings, with regions drawn as released: a cell fills its block, and counts
+    above a fixed share of the maximum of the batch. Here that is the maximum of all scored maps of
+    a label, so that the batch size does not matter."""
+    how = ("blocks above 0 (MeDSLIP's; a softmax is never 0, so nearly all of the film), and above "
+           "0.008 of the maximum (MedKLIP's)")
+    highest, scores = {}, {"how": how}
     for f in found:
         highest[f.label] = max(f.cells.max(), highest.get(f.label, 0))
     for name, share in (("released", 0.0), ("medklip", 0.008)):
-        dice = []
-        for f in found:
-            region = nearest(f.cells, *f.mask.shape) > share * highest[f.label]
-            dice.append(dice_of(region[None], f.mask[None])[0])
-        dice = np.array(dice)                                                   # [findings]
+        dice = np.array([dice_of(nearest(f.cells, *f.mask.shape) > share * highest[f.label], f.mask)
+                         for f in found])                                       # [findings]
         scores |= {f"dice_{name}": dice.mean(), f"iou_{name}": (dice / (2 - dice)).mean()}
     return scores
 
 
-def fixed_answers(drawn):
-    """{label: (mean mask [S,S], its level of best Dice)} of [(label, mask)] of training images: an
-    answer that needs no look at the image."""
-    masks, answers = {}, {}
-    for label, mask in drawn:
-        masks.setdefault(label, []).append(mask)
-    for label, some in masks.items():
-        mean = np.mean(some, axis=0)
-        answers[label] = mean, best_dice_threshold([mean] * len(some), some)
-    return answers
-
-
-def deletions(cells, mask, size, centres, rng, counts):
-    """Yields which pixels of an input [size,size] go with k cells, for each k of counts: those that
+def deletions(cells, mask, size, centres, rng):
+    """Yields which pixels of an input [size,size] go with k cells, for k = 4, 12, 32: those that
     are highest in the map cells [n,n], random ones, those in or next to mask [S,S]."""
     n, (offset, stride) = len(cells), centres
     # the pixel that each cell looks at [n], and the cell that each pixel is deleted with [size]
     looks = np.clip(np.round(offset + stride * np.arange(n)), 0, size - 1).astype(int)
     cell_of = np.clip(np.round((np.arange(size) - offset) / stride), 0, n - 1).astype(int)
     away = distance_transform_edt(~nearest(mask, size, size))[looks][:, looks]  # [n,n]
-    for k in counts:
+    for k in (4, 12, 32):
         for order in (-cells, rng.random((n, n)), away):
-            rank = np.argsort(np.argsort(order.ravel(), kind="stable")).reshape(n, n)
-            yield rank[cell_of][:, cell_of] < k                                 # [size,size]
-
-
-def means(each):
-    """Means of what `compare` gives: the model's, and the others' under trivial."""
-    mean = {}
-    for answer, scores in each[0].items():
-        values = np.mean([list(e[answer].values()) for e in each], axis=0)
-        mean[answer] = dict(zip(scores, values.tolist()))
-    return {**mean.pop("model"), "n": len(each), "trivial": mean}
-
-
-def grounding_summary(found, each, patients, n=1000, seed=0):
-    """Of what `compare` gives for found: means over all and `per_class`, the class whose map points
-    worst, and intervals over patients [findings]."""
-    per_class = {}
-    for name in sorted({f.label for f in found}):
-        per_class[name] = means([e for e, f in zip(each, found) if f.label == name])
-    reach = {name: scores["pointing_within_cell"] for name, scores in per_class.items()}
-    worst = min(reach, key=reach.get)
-    values = np.array([list(e["model"].values()) for e in each])                # [findings,scores]
-    intervals = bootstrap_ci(lambda _, v: v.mean(0), values, values, n, seed, patients)
-    return {**means(each), "per_class": per_class,
-            "worst": {"name": worst, "pointing_within_cell": reach[worst]},
-            **{f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}}
+            gone = np.zeros(n * n, bool)
+            gone[np.argsort(order.ravel(), kind="stable")[:k]] = True
+            yield gone.reshape(n, n)[cell_of][:, cell_of]                       # [size,size]
 
 
 def place_scores(truth, scores, counted=True):
     """At which of the places that occur is a finding? truth, scores [N,n,m]; counted bool [N,m].
     top1: of the findings that count, the share with a true place as their best. recall: of the k
-    places of a finding at several, the share among its k highest; chance: the same at random."""
+    places of a finding at several, the share among its k highest."""
     occurs = (truth == 1).any((0, 2))                                           # [n]
     places, scores = truth[:, occurs] == 1, scores[:, occurs]
     count = places.sum(1) * counted                                             # [N,m] k
@@ -323,8 +295,7 @@ def place_scores(truth, scores, counted=True):
     found = (places & (rank < count[:, None])).sum(1)                           # [N,m]
     top1, several = (places & (rank == 0)).any(1)[count > 0], count > 1
     return {"top1": mean_or_none(top1), "recall": mean_or_none(found[several] / count[several]),
-            "chance": mean_or_none(count[several] / max(occurs.sum(), 1)),
-            "n_findings": len(top1), "n_several": int(several.sum())}
+            "n": len(top1), "n_several": int(several.sum())}
 
 
 def relation_scores(truth, scores, mirror, least=5):
@@ -342,34 +313,20 @@ def relation_scores(truth, scores, mirror, least=5):
             "n": len(truth), "n_cells": len(cells), "n_sided": len(side)}
 
 
-def scores_apart(truth, in_train, existence, pairs, places):
+def scores_apart(truth, in_train, existence, places):
     """Scores of findings at cells that no training film has (held_out), and at the other cells of
-    the same pathologies (seen); {} without such cells. in_train bool [n,m]; existence [N,m]; the
-    others [N,n,m]. auroc: of existence, against films without the pathology."""
+    the same pathologies (seen); {} without such cells. truth, places [N,n,m]; in_train bool [n,m];
+    existence [N,m]. auroc: of existence, against films without the pathology."""
     present, scores = truth == 1, {}
     held_out = present.any(0) & ~in_train                                       # [n,m]
     asked = held_out.any(0)                                                     # [m]
+    if not asked.any():
+        return {}
     for key, cells in (("held_out", held_out), ("seen", in_train & asked)):
-        if asked.any():
-            only = (present & cells).any(1) & ~(present & ~cells).any(1)        # [N,m]
-            labels = np.where(only, 1, np.where(present.any(1), -1, 0))         # [N,m]
-            films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
-            pair = classification_scores(truth[:, cells].ravel(), pairs[:, cells].ravel(), 0.5)
-            scores[key] = {"auroc": films["auroc"], "relation_ap": pair["ap"], "n": int(only.sum()),
-                           "place_top1": place_scores(truth, places, only)["top1"]}
+        only = (present & cells).any(1) & ~(present & ~cells).any(1)            # [N,m]
+        labels = np.where(present.any(1), -1, 0)                                # [N,m]
+        labels[only] = 1
+        films = classification_scores(labels[:, asked], existence[:, asked], 0.5)
+        scores[key] = {"auroc": films["auroc"], "n": int(only.sum()),
+                       "place_top1": place_scores(truth, places, only)["top1"]}
     return scores
-
-
-def probe(x, labels, patients):
-    """Mean AUROC of logistic regressions of labels [N,L] on x [N,D], fitted on each half of the
-    patients in turn and scored on the other; without labels that fewer than 10 images, or fewer
-    than 4 patients, show or lack. None if no label is left."""
-    scores, x = [], (x - x.mean(0)) / (x.std(0) + 1e-9)
-    for label in labels.T:
-        known = label >= 0
-        people = [len(np.unique(patients[label == value])) for value in (0, 1)]
-        if np.bincount(label[known], minlength=2).min() >= 10 and min(people) >= 4:
-            scores += cross_val_score(LogisticRegression(C=0.1, max_iter=1000), x[known],
-                                      label[known], groups=patients[known], cv=GroupKFold(2),
-                                      scoring="roc_auc").tolist()
-    return mean_or_none([score for score in scores if not np.isnan(score)])
