@@ -49,23 +49,20 @@ def load_model(path_or_hub_id, map_location="cpu"):
     """
     path = locate(path_or_hub_id)
     checkpoint = read_checkpoint(path, map_location)
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(k)): v
-               for k, v in checkpoint.get("model", checkpoint).items()}
-    weights = {k: v for k, v in weights.items() if not HARMLESS.search(k)}
-    published = any(k.startswith("res_features.") for k in weights)
-    if not published and not isinstance(checkpoint.get("config"), dict):
-        raise InputError(f"{path} is neither this project's checkpoint (no model arguments under "
-                         "'config') nor a published MeDSLIP or MedKLIP one (no res_features.*)")
     try:
-        if published:
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
+                   for name, value in checkpoint.get("model", checkpoint).items()}
+        weights = {name: value for name, value in weights.items() if not HARMLESS.search(name)}
+        if any(name.startswith("res_features.") for name in weights):
             weights, config = convert_published(weights)
         else:  # a field that is newer than the file takes its default
             config = MeDSLIPConfig(**checkpoint["config"])
         model = MeDSLIP(config).to(map_location)
         model.load_state_dict(weights)
-    except Exception as error:  # arguments of the wrong value; torch names each tensor at fault
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path} does not fit this project's model: {reason}"[:4000]) from None
+    except Exception as error:  # torch names each tensor at fault; foreign files fail anyhow
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:4000]
+        raise InputError(f"{path} is neither a checkpoint of train.py for this model nor a "
+                         f"published MeDSLIP or MedKLIP one: {reason}") from None
     model.queries, model.args = checkpoint.get("queries"), checkpoint.get("args") or {}
     return model.eval()
 
@@ -89,54 +86,45 @@ def convert_published(weights):
 
 
 def locate(path_or_hub_id):
-    """A file as it is; otherwise a name of the form owner/name is asked of the hub."""
+    """The path of a file; a name of the form owner/name is asked of the Hugging Face hub."""
     name = str(path_or_hub_id)
     if Path(name).is_file():
         return name
-    looks_like_file = Path(name).suffix in (".pt", ".pth", ".bin", ".ckpt")
+    looks_like_file = name.endswith((".pt", ".pth", ".bin", ".ckpt"))
     if looks_like_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise InputError(f"no checkpoint at {name}; train one with `python train.py`, or name one "
                          "by --checkpoint")
     from huggingface_hub import snapshot_download
     try:
         folder = snapshot_download(name, allow_patterns=["*.pt", "*.pth", "*.bin"])
+        path, = [path for path in Path(folder).rglob("*") if path.is_file()]
     except Exception as error:  # the hub library raises a dozen kinds; each means: not now
-        raise InputError(f"no file {name}, and the hub did not give it ({type(error).__name__}); "
-                         "if you are offline, download the file elsewhere and give its path"
+        raise InputError(f"no file {name}, and the hub did not give one checkpoint of that name "
+                         f"({type(error).__name__}); download it elsewhere and give its path"
                          ) from None
-    files = [str(p) for p in Path(folder).rglob("*") if p.is_file()]
-    if len(files) != 1:
-        raise InputError(f"{name} on the hub holds {', '.join(files) or 'no checkpoint'}; give "
-                         "the path of the one you want")
-    return files[0]
+    return str(path)
+
+
+def read_checkpoint(path, map_location="cpu"):
+    """What is in a file of weights; nothing in it is executed."""
+    try:
+        with warnings.catch_warnings():  # torch warns of some files that it then refuses
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it would run {wanted[1]}" if wanted else type(error).__name__
+        raise InputError(f"{path} cannot be read, or holds more than weights ({reason}); "
+                         "get the file itself, neither its web page nor a git-lfs pointer, from a "
+                         "source you trust") from None
 
 
 def training_state(path):
     """The checkpoint that train.py --resume goes on from."""
-    saved = read_checkpoint(path)
-    if not {"model", "optimizer", "scaler", "step", "args", "queries", "best"} <= saved.keys():
+    saved = read_checkpoint(locate(path))
+    if not {"model", "optimizer", "scaler", "step", "args", "queries", "best"} <= set(saved):
         raise InputError(f"{path} holds no training state; --resume needs a checkpoint of train.py")
     return saved
-
-
-def read_checkpoint(path, map_location="cpu"):
-    """The dict in a file of weights; InputError for any other file."""
-    try:
-        with warnings.catch_warnings():  # torch warns of some files that it then refuses
-            warnings.simplefilter("ignore")
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be opened ({error})") from None
-    except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run {wanted[1]}" if wanted else type(error).__name__
-        raise InputError(f"{path} is damaged, or holds more than weights ({reason}); get the file "
-                         "itself, neither its web page nor a git-lfs pointer, from a source you "
-                         "trust") from None
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("model", {}), dict):
-        raise InputError(f"{path} holds no dict of weights; give a checkpoint of train.py or a "
-                         "published one")
-    return checkpoint
 
 
 # --------------------------------------------------------------------------------- asking a model
@@ -153,29 +141,32 @@ def encode_prompts(model, prompts, encoder=None):
 
 def build_queries(table, args):
     """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
-    pathologies, anatomies = list(text.PATHOLOGIES), list(text.ANATOMIES)
-    if "excluded_obs" not in table.names:  # only the published matrix has labels for it
-        pathologies.remove("excluded_obs")
+    pathologies, anatomies = text.PATHOLOGIES, text.ANATOMIES
     if args.queries == "corpus":
         triplets = (t for i in table.rows("train") for t in table.triplets(i)
                     if t.pathology in text.PATHOLOGIES)
         pathologies, anatomies = text.top_queries(triplets, args.pathologies, args.anatomies)
-    pathologies = [name for name in pathologies if name not in table.hidden]
-    p_prompts = text.pathology_prompts(pathologies, args.pathology_book)
-    a_prompts = text.anatomy_prompts(anatomies, published=args.place_words == "published")
-    p_text, a_text = (text.encode_text(x, args.text_encoder) for x in (p_prompts, a_prompts))
-    return {"encoder": args.text_encoder,
-            "pathology": {"names": pathologies, "prompts": p_prompts, "text": p_text},
-            "anatomy": {"names": anatomies, "prompts": a_prompts, "text": a_text}}
+    # only the published matrix has labels for excluded_obs
+    left_out = table.hidden | ({"excluded_obs"} - set(table.names))
+    pathologies = [name for name in pathologies if name not in left_out]
+    queries = {
+        "encoder": args.text_encoder,
+        "pathology": {"names": pathologies,
+                      "prompts": text.pathology_prompts(pathologies, args.pathology_book)},
+        "anatomy": {"names": anatomies,
+                    "prompts": text.anatomy_prompts(anatomies, args.place_words == "published")}}
+    for kind in ("pathology", "anatomy"):
+        queries[kind]["text"] = text.encode_text(queries[kind]["prompts"], args.text_encoder)
+    return queries
 
 
 def give_queries(model, pathology_book=None, encoder=None):
     """The published vocabulary as queries of a model that stores none."""
     p_prompts = text.pathology_prompts(text.PATHOLOGIES, pathology_book)
     a_prompts = text.anatomy_prompts(text.ANATOMIES, published=True)
-    p_text, a_text = (encode_prompts(model, x, encoder) for x in (p_prompts, a_prompts))
-    model.queries = {"pathology": {"names": text.PATHOLOGIES, "text": p_text},
-                     "anatomy": {"names": text.ANATOMIES, "text": a_text}}
+    model.queries = {
+        "pathology": {"names": text.PATHOLOGIES, "text": encode_prompts(model, p_prompts, encoder)},
+        "anatomy": {"names": text.ANATOMIES, "text": encode_prompts(model, a_prompts, encoder)}}
 
 
 def questions(model, labels, prompt=None, encoder=None):
@@ -195,8 +186,8 @@ def questions(model, labels, prompt=None, encoder=None):
     if prompt and len(anew) != 1:
         raise InputError(f"--prompt is for one label, not for {anew or 'none'}; leave it out")
     for label in anew:
-        said = prompt or text.LABEL_DEFINITIONS.get(label)
-        said = said or text.pathology_prompts([labels[label] or label])[0]
+        name = label if label in text.DEFINITIONS else labels[label] or label
+        said = prompt or text.pathology_prompts([name])[0]
         columns[label] = len(texts[0])
         texts[0] = torch.cat([texts[0], encode_prompts(model, [said], encoder)])
     return texts, columns, unseen

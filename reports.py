@@ -41,45 +41,40 @@ SECTIONS = {row["header_word"]: row["section"] for row in vocabulary_rows("secti
 
 
 def section_name(header):
-    """A header in any spelling -> "findings", "impression", its own words, or "" (no header)."""
+    """A header in any spelling -> findings, impression or other; "" if it heads no section."""
     words = [stem(word, SECTIONS) for word in re.findall("[a-z]+", header.lower())]
     known = [section for word, section in SECTIONS.items() if word in words]
-    return known[0] if known and known[0] != "other" else " ".join(words)
+    return known[0] if known else "other"
 
 
-def sections(report):
-    """{name: text} of a report's sections; of two with one name the last that is not empty.
+def text_to_read(report):
+    """Findings and impression of a report; of two sections with one name the last counts.
 
-    As in MIMIC's own parser a report with headers, but without findings and impression, has a
-    `last_paragraph`, all behind the first blank line of its last section. A report without any
-    header is all `findings`.
+    As in MIMIC's own parser a report with headers, but without these two, has a last paragraph,
+    all behind the first blank line of its last section. A report without any header is read whole.
     """
-    parts = [part for part in re.split(r"\n[ \t]*_{5,}[ \t]*\n", report) if part.strip()]
-    body = parts[-1] if parts else ""  # addenda stand on top, above a line
+    # addenda stand on top, above a line
+    body = re.split(r"\n[ \t]*_{5,}[ \t]*\n", report.rstrip())[-1]
     # in some data sets a report is one line
     body = re.sub(r"\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)[ \t]*:", r"\n\1:", body)
-    blocks = [["", ""]]  # name, text
+    name, texts = "", {"": ""}  # what stands before the first header has no name
     for line in body.split("\n"):
-        header = HEADER.match(line.strip())
-        name = section_name(header[1]) if header else ""
-        if name:
-            blocks.append([name, line.strip()[header.end():]])
-        else:
-            blocks[-1][1] += "\n" + line.strip()
-    if len(blocks) == 1 and "FINAL REPORT" not in body:
-        return {"findings": blocks[0][1]}
-    found = {name: text for name, text in blocks if name and text.strip()}
-    if "findings" not in found and "impression" not in found:
-        found["last_paragraph"] = blocks[-1][1].lstrip("\n").partition("\n\n")[2]
-    return found
+        line = line.strip()
+        header = HEADER.match(line)
+        if header and section_name(header[1]):
+            name, line = section_name(header[1]), line[header.end():]
+            texts[name] = ""
+        texts[name] += "\n" + line
+    if name == "" and "FINAL REPORT" not in body:
+        return body
+    found = "\n\n".join(texts.get(section, "") for section in ("findings", "impression"))
+    return found if found.strip() else texts[name].lstrip("\n").partition("\n\n")[2]
 
 
 def sentences(report):
-    """The sentences of findings and impression, else of the last paragraph, as a list."""
-    read = ("findings", "impression", "last_paragraph")
-    text = "\n\n".join(text for name, text in sections(report).items() if name in read)
+    """The sentences of what is read of a report, as a list."""
     # MIMIC wraps its lines, so a line may end within a sentence, but a blank line ends one
-    found = re.split(r"\n\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
+    found = re.split(r"\n\s*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text_to_read(report))
     return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
             if re.search(r"[A-Za-z]{3}", sentence)]  # "2) No edema." without its number
 
@@ -96,8 +91,8 @@ IMPLIED = {(row["said"], row["organ"], int(row["existence"])):
            (row["means"], row["anatomy"], int(row["its_existence"]))
            for row in vocabulary_rows("implied")}
 
-# side: left, right or both; level: upper, mid, lower or apical; organ: several are joined by |;
-# vague: an organ that says too little beside a side or a level ("pulmonary")
+# side: left, right or both; level: upper, mid, lower or apical; vague: an organ that says too
+# little beside a side or a level ("pulmonary")
 Place = collections.namedtuple("Place", "side level organ vague", defaults=("", "", "", ""))
 
 
@@ -130,24 +125,27 @@ def read_items(text):
 
 def join_places(items):
     """Words of one place become one item: "base of the left lung" -> Place(left, lower, lung)."""
-    joined, place = [], None  # place: the item that the next word of anatomy may add to
+    joined, current = [], None  # current: the place that the next word of a place adds to
     for item in items:
-        if item.kind not in Place._fields:
-            if item.kind not in ("filler", "word") and item.name not in ("of", "on"):
-                place = None
+        if item.kind in Place._fields:
+            if current is None:
+                current = Item("place", "")
+                joined.append(current)
+            current.place = current.place._replace(**{item.kind: item.name})
+        else:
             joined.append(item)
-            continue
-        known = getattr(place.place, item.kind) if place else ""
-        if not place or item.kind in ("side", "level") and known not in ("", item.name):
-            place, known = Item("place", ""), ""
-            joined.append(place)
-        name = item.name if known in ("", item.name) else f"{known}|{item.name}"
-        place.place = place.place._replace(**{item.kind: name})
+            if item.kind not in ("filler", "word") and item.name != "of":
+                current = None
     return joined
 
 
 def kinds(items, start, end):
     return {item.kind for item in items[start:end]}
+
+
+def touch(items, i, j):
+    """Whether nothing but plain words and places is between items i and j."""
+    return kinds(items, i + 1, j) <= {"word", "start", "filler", "place"}
 
 
 # ------------------------------------------------------------------- from a clause to its triplets
@@ -177,27 +175,20 @@ def read_existence(items):
             existence = MEANING[item.kind]
         elif item.kind in ("comma", "join") and item.name != "or":
             # "no effusion, [mild scarring]"; "no effusion is seen, [scarring in the left base]"
-            starts = following.kind == "start" or following.name in PATHOLOGIES[:8]  # normal, clear
+            starts = following.kind == "start" or following.name in ("normal", "clear")
             if starts and existence == 0 or since & {"verb", "denied", "doubted"}:
                 existence, subject = 1, []
 
 
 def find_places(items, positions):
     """Give every place of a clause to the finding before it or to the one after it."""
-    last = -1  # number of the finding or place before an item
     for i, item in enumerate(items):
         if item.kind == "place" and positions:
             before = [p for p in positions if p < i]
             after = [p for p in positions if p > i]
-            # "[opacity] in the left base", but "The left lung base shows [opacity]"
-            since = kinds(items, last + 1, i)
-            linked = "preposition" in since or not since & {"comma", "join", "verb"}
-            if after and kinds(items, i + 1, after[0]) <= {"word", "start", "filler", "place"}:
-                linked = False  # "left basilar [opacity]"
-            owner = before[-1] if before and (linked or not after) else after[0]
-            add_place(items[owner].places, item.place)
-        if item.kind in ("finding", "place"):
-            last = i
+            # "left basilar [opacity]", but "[opacity] in the left base"
+            forward = not before or (after and touch(items, i, after[0]))
+            add_place(items[after[0] if forward else before[-1]].places, item.place)
 
 
 def add_place(places, place):
@@ -215,20 +206,20 @@ def share_places(findings):
     """A finding without a place is where the one before it is, else where the next one is."""
     pairs = list(zip(findings, findings[1:]))
     for giver, taker in pairs + [(b, a) for a, b in reversed(pairs)]:
-        row, other = FINDINGS[taker.name], FINDINGS[giver.name]
         # what is denied is denied everywhere; what is normal is not where the effusion is
-        if (giver.places and not taker.places and not row["home"] and taker.existence
-                and (other["needs_place"] or not row["needs_place"])):
+        if (giver.places and not taker.places and taker.existence
+                and not FINDINGS[taker.name]["needs_place"]):
             taker.places = giver.places
-            if other["always_home"]:  # beside the left pleura, not in it
+            if FINDINGS[giver.name]["always_home"]:  # beside the left pleura, not in it
                 taker.places = [Place(place.side) for place in giver.places if place.side]
 
 
 def landmarks(place, home):
     """The landmarks of one Place; a place on both sides is also the joint one, as lung_bases."""
     vague = "" if place.side or place.level else place.vague
-    organ = f"{place.organ}|{vague}".strip("|") or ("lung" if place.level else home)
-    words = f"{organ}|{place.level}" if place.level else organ
+    words = place.organ or vague or ("lung" if place.level else home)
+    if place.level:
+        words += f"|{place.level}"
     joint = "lung_apices" if words in ("lung|upper", "lung|apical") else landmark(words)
     if place.side == "both" and place.organ == "perihilar":
         return [joint]  # around both hila is one place
@@ -250,10 +241,10 @@ def read_clause(text):
     triplets = []
     for i, after in zip(positions, positions[1:] + [None]):
         finding, row = items[i], FINDINGS[items[i].name]
-        if after and items[after].name in row["adjective_of"].split(" or ") and (
-                kinds(items, i + 1, after) <= {"word", "start", "filler", "place"}):
+        if (after and items[after].name in row["adjective_of"].split(" or ")
+                and touch(items, i, after)):
             continue  # "nodular opacity" is no nodule
-        if row["needs_place"] and finding.existence and not finding.places:
+        if row["needs_place"] and not finding.places:
             continue
         for place in finding.places or [Place(organ=row["home"] or "unspecified")]:
             if row["always_home"]:
@@ -304,7 +295,7 @@ def main(args):
     from sklearn.metrics import classification_report
     from formats.openi import OPENI, reports
     sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
-    indexed, asserted, same_side, problems, errors = [], [], [], [], collections.Counter()
+    indexed, asserted, same_side, problems = [], [], [], []
     for record in reports(args.root, problems):
         triplets = extract_triplets(record["report"])
         for label, headings in OPENI.items():
@@ -315,17 +306,13 @@ def main(args):
             asserted.append(bool(places))
             if terms and places - sideless and sides(terms):
                 same_side.append(sides(terms) == sides(places))
-            if bool(terms) != bool(places):
-                errors[label, "not asserted" if terms else "not indexed"] += 1
     if not indexed:
         raise InputError(f"no Open-i report in {args.root}: it should hold ecgen-radiology/*.xml "
                          "or NLMCXR_reports.tgz")
     shape = (-1, len(OPENI))                                        # [N,L]
     print(classification_report(np.reshape(indexed, shape), np.reshape(asserted, shape),
                                 target_names=list(OPENI), digits=3, zero_division=0))
-    print(f"side right in {np.mean(same_side):.3f} of {len(same_side)}; commonest errors:")
-    for (label, kind), count in errors.most_common(5):
-        print(f"{count:4d} {label} {kind}")
+    print(f"side right in {np.mean(same_side):.3f} of {len(same_side)}")
     for kind, what in problems:
         print(f"{kind}: {what}")
 

@@ -9,10 +9,9 @@ anatomy, one column per pathology; 1 present, 0 denied, -1 not mentioned.
 
 Differs from the paper and the released code:
 - The paper takes RadGraph's triplets only; our rules need neither a model nor credentials.
-- The definitions of the pathologies (vocabulary_pathologies.csv) are our own words; the published
-  file can be given instead (--pathology-book).
-- Anatomy prompts say "the left pleural space" where the released ones say "left_pleural"; the
-  released wording is used with the released weights.
+- Pathologies are defined in our words (vocabulary_pathologies.csv); --pathology-book takes the
+  published ones. Anatomy prompts say "the left pleural space", the released ones "left_pleural";
+  with released weights the released wording is used.
 - A prompt is cut at the limit of the text encoder; the released code cuts at 128 tokens in
   training and at 64 in tests.
 """
@@ -51,8 +50,8 @@ DEFINITIONS = {row["pathology"]: row["definition"] for row in vocabulary_rows("p
 PLACES = {row["anatomy"]: row["place"] for row in vocabulary_rows("anatomies")}
 PATHOLOGIES = list(DEFINITIONS)  # m = 75
 ANATOMIES = list(PLACES)         # n = 51, as released; Table II says 50
-# Of labels of data sets that the vocabulary lacks, or has only in the bucket of rare findings
-LABEL_DEFINITIONS = {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
+# labels of data sets that are no pathology of their own above
+DEFINITIONS |= {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
 CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
 KNOWN = {*PATHOLOGIES, *CONCEPT_OF}
 # Each cell of the landmark table as a set: "base or lower" -> {"base", "lower"}
@@ -64,8 +63,8 @@ ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", "
 
 def swap_sides(name):
     """The name of the same place in a mirrored image: left_pleural <-> right_pleural. A name
-    without a side stays. middle_right_lobe, right_atrium and right_ventricle have no partner: what
-    comes back is in no query list (see data.can_mirror)."""
+    without a side stays; what comes back for middle_right_lobe, right_atrium and right_ventricle
+    is in no query list (see data.can_mirror)."""
     if "left" in name:  # no name of the vocabulary has both sides
         return name.replace("left", "right")
     return name.replace("right", "left")
@@ -96,22 +95,19 @@ def stem(word, known):
     return word
 
 
-def lemma(token):
-    """Concept of one observation word: "opacities" -> opacity, "enlargement" -> enlarge.
+def lemma(words):
+    """Concept of an observation's words: "opacities" -> opacity, "mild" -> excluded_obs.
 
     The published step took spaCy's lemmas, which change with its version. Here an ending comes
-    off when a known word remains. Words of change and size stay: `bucket` sorts them out.
+    off when a known word remains.
     """
-    token = stem(token.lower(), KNOWN)
-    concept = CONCEPT_OF.get(token, token)
-    return token if concept == "excluded_obs" else concept
+    word = stem(words.lower(), KNOWN)
+    return CONCEPT_OF.get(word, word)
 
 
 def bucket(concept):
-    """The concept itself if it is one of the 75 pathologies, else the bucket that takes it."""
-    if concept in DEFINITIONS:
-        return concept
-    return "excluded_obs" if CONCEPT_OF.get(concept) == "excluded_obs" else "tail_abnorm_obs"
+    """The concept itself if it is one of the 75 pathologies, else the bucket of rare findings."""
+    return concept if concept in PATHOLOGIES else "tail_abnorm_obs"
 
 
 # --------------------------------------------------------------------------------------- RadGraph
@@ -120,7 +116,7 @@ RADGRAPH_LABELS = {  # of RadGraph 1.0 and RadGraph-XL; entities with other labe
     "ANAT-DP": "anatomy", "OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1,
     "Anatomy::definitely present": "anatomy", "Observation::definitely present": 1,
     "Observation::definitely absent": 0, "Observation::uncertain": -1}
-# kind: "anatomy", or the existence of an observation; relations: (name, id of the target)
+# kind: "anatomy", or the existence of an observation; relations: [(name, id of the target)]
 Entity = collections.namedtuple("Entity", "kind words sentence relations")
 
 
@@ -144,34 +140,32 @@ def read_entities(graph):
              for key, entity in raw.items()}
     entities = {}
     for key in sorted(raw, key=int):  # as strings "10" would come before "2"
-        words = raw[key]["tokens"].lower()
-        # XL's spans hold several words; the landmark table wants them apart, unless the whole span
-        # is a landmark ("cavoatrial junction")
-        if "::" in raw[key]["label"] and landmark(words) == "other":
+        words, relations = raw[key]["tokens"].lower(), raw[key]["relations"]
+        # an anatomy of XL holds several words; the landmark table wants them apart, unless the
+        # whole of it is a landmark ("cavoatrial junction")
+        if raw[key]["label"].startswith("Anatomy::") and landmark(words) == "other":
             words = words.replace(" ", "|")
-        relations = [r for r in raw[key]["relations"] if kinds.get(r[1]) is not None]
         if kinds[key] is not None:
+            relations = [(name, to) for name, to in relations if kinds.get(to) is not None]
             entities[key] = Entity(kinds[key], words, numbers[raw[key]["start_ix"]], relations)
     return entities
 
 
-def anatomy_landmarks(entities):
-    """{id: [landmarks]} of the anatomies that an observation can point at.
+def places_of(entities, key):
+    """The landmarks that anatomy `key` leads to.
 
     The head of an anatomy has no relations of its own. Its name is its word with those that modify
     it: lobe <- left, lower gives "lobe|left|lower". The modifiers lead to the same landmark.
     """
-    found = collections.defaultdict(list)
-    anatomies = {key: e for key, e in entities.items() if e.kind == "anatomy"}
-    for key, head in anatomies.items():
-        if head.relations:  # itself a modifier
-            continue
-        modifiers = [k for k, e in anatomies.items() if e.sentence == head.sentence
-                     and key in [target for _, target in e.relations]]  # one step, as published
-        name = landmark("|".join(anatomies[k].words for k in [key, *modifiers]))
-        for k in [key, *modifiers]:
-            found[k].append(name)
-    return found
+    near = {k: e for k, e in entities.items()
+            if e.kind == "anatomy" and e.sentence == entities[key].sentence}
+    names = []
+    for head in [key] + [target for _, target in entities[key].relations]:
+        if head in near and not near[head].relations:
+            modifiers = [e.words for e in near.values()  # one step, as published
+                         if head in [target for _, target in e.relations]]
+            names.append(landmark("|".join([near[head].words, *modifiers])))
+    return names
 
 
 def radgraph_triplets(graph, buckets=True):
@@ -181,16 +175,17 @@ def radgraph_triplets(graph, buckets=True):
     any relation it is `unspecified`; with other relations only it is dropped, as published.
     Without buckets a rare concept keeps its word, and words of change and size are left out.
     """
-    entities = read_entities(graph)
-    landmarks, triplets = anatomy_landmarks(entities), []
+    entities, triplets = read_entities(graph), []
     for entity in entities.values():
-        concept = lemma(entity.words.replace("|", " "))
-        if entity.kind == "anatomy" or (not buckets and bucket(concept) == "excluded_obs"):
+        concept = lemma(entity.words)
+        if entity.kind == "anatomy" or (concept == "excluded_obs" and not buckets):
             continue
         names = [] if entity.relations else ["unspecified"]  # a row of the published matrix
-        for relation, target in entity.relations:  # the others: modify, suggestive_of
-            if relation == "located_at" and entities[target].sentence == entity.sentence:
-                names += landmarks[target]
+        for relation, key in entity.relations:  # the others: modify, suggestive_of
+            target = entities[key]
+            if (relation == "located_at" and target.kind == "anatomy"
+                    and target.sentence == entity.sentence):
+                names += places_of(entities, key)
         concept = bucket(concept) if buckets else concept
         triplets += [Triplet(concept, name, entity.kind) for name in names]
     return triplets
@@ -241,6 +236,11 @@ def existence_matrix(triplets, pathologies, anatomies, blank=-1):
     return matrix
 
 
+def most_frequent(counts, k):
+    """The k names that count most; ties by the alphabet, so the order of reports is no matter."""
+    return sorted(counts, key=lambda name: (-counts[name], name))[:k]
+
+
 def top_queries(triplets, m, n):
     """The m pathologies and n anatomies with most definite mentions, as lists (Sec. II-A)."""
     pathologies, anatomies = collections.Counter(), collections.Counter()
@@ -248,10 +248,7 @@ def top_queries(triplets, m, n):
         if t.existence >= 0:  # present or denied
             pathologies[t.pathology] += 1
             anatomies[t.anatomy] += 1
-
-    def most(counts, k):  # ties by the alphabet, so that the order of reports does not matter
-        return sorted(counts, key=lambda name: (-counts[name], name))[:k]
-    return most(pathologies, m), most(anatomies, n)
+    return most_frequent(pathologies, m), most_frequent(anatomies, n)
 
 
 # ------------------------------------------------------------------------------ prompts and vectors
@@ -259,25 +256,19 @@ def top_queries(triplets, m, n):
 def read_pathology_book(path):
     """The published `observation explanation.json` as {name: sentence} over PATHOLOGIES."""
     try:
-        sentences = list(json.loads(Path(path).read_text("utf-8")).values())
+        sentences = json.loads(Path(path).read_text("utf-8")).values()
+        return dict(zip(PATHOLOGIES, sentences, strict=True))  # by position: key 20 is "eumonia"
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a readable prompt book ({error})") from None
-    if len(sentences) != len(PATHOLOGIES):
-        raise InputError(f"{path} is not the published prompt book: it should be a JSON object of "
-                         f"{len(PATHOLOGIES)} name: sentence pairs, and has {len(sentences)}")
-    return dict(zip(PATHOLOGIES, sentences))  # by position: its key 20 is "eumonia"
+        raise InputError(f"{path} is not the published prompt book, a JSON object of "
+                         f"{len(PATHOLOGIES)} name: sentence pairs ({error})") from None
 
 
 def pathology_prompts(names, book=None):
     """One prompt per name: our definition, or that of `book`, a file; else by a template."""
     definitions = read_pathology_book(book) if book else DEFINITIONS
-    prompts = []
-    for name in names:
-        if name not in definitions:
-            warnings.warn(f"{name} has no definition; a template is used")
-        template = f"{name.replace('_', ' ').capitalize()} is seen on the radiograph."
-        prompts.append(definitions.get(name, template))
-    return prompts
+    template = "{} is seen on the radiograph."
+    return [definitions.get(name, template.format(name.replace("_", " ").capitalize()))
+            for name in names]
 
 
 def anatomy_prompts(names, published=False):
@@ -327,8 +318,7 @@ def load_bert(name):
 
 def parse_args(argv=None):
     parser = Parser(description="The triplets of a report, read by the rules of reports.py.")
-    parser.add_argument("--report", metavar="FILE", required=True,
-                        help="a text file; - is standard input")
+    parser.add_argument("--report", required=True, help="a text file; - is standard input")
     return parser.parse_args(argv)
 
 
@@ -344,7 +334,6 @@ def main(args):
         raise InputError(f"{path}: no finding was recognised; findings are read from the sections "
                          "FINDINGS and IMPRESSION, or from plain sentences without any header")
     state = {1: "present", 0: "denied", -1: "in doubt"}
-    print(f"{'':9s} {'pathology':18s} {'anatomy':20s} sentence")
     for t in triplets:
         print(f"{state[t.existence]:9s} {t.pathology:18s} {t.anatomy:20s} {t.sentence}")
 
