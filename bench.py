@@ -11,6 +11,7 @@ of the tensors. On a GPU fp32 means TF32. OMP_NUM_THREADS sets the cores of a st
 import io
 import math
 import sys
+import timeit
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.benchmark import Timer
 from torchvision.transforms import v2
 
 from cli import InputError, Parser, join_processes, number, run
@@ -148,9 +148,13 @@ def measure(case, args):
     if one_core:
         torch.set_num_threads(1)
     step = CASES[case][1](case, args, device)
-    # warms up first, and waits for a GPU
-    timer = Timer("step()", globals={"step": step}, num_threads=torch.get_num_threads())
-    seconds = timer.timeit(args.steps).mean
+
+    def timed():
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    timed()  # the first one also chooses algorithms and fills caches
+    seconds = timeit.timeit(timed, number=args.steps) / args.steps
     if device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated() / 1e6
     if sys.platform == "win32":

@@ -206,11 +206,12 @@ def share_places(findings):
     """A finding without a place is where the one before it is, else where the next one is."""
     pairs = list(zip(findings, findings[1:]))
     for giver, taker in pairs + [(b, a) for a, b in reversed(pairs)]:
+        row, other = FINDINGS[taker.name], FINDINGS[giver.name]
         # what is denied is denied everywhere; what is normal is not where the effusion is
         if (giver.places and not taker.places and taker.existence
-                and not FINDINGS[taker.name]["needs_place"]):
+                and (other["needs_place"] or not row["needs_place"])):
             taker.places = giver.places
-            if FINDINGS[giver.name]["always_home"]:  # beside the left pleura, not in it
+            if other["always_home"]:  # beside the left pleura, not in it
                 taker.places = [Place(place.side) for place in giver.places if place.side]
 
 
