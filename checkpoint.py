@@ -129,18 +129,20 @@ def training_state(path):
 
 # --------------------------------------------------------------------------------- asking a model
 
-def encode_prompts(model, prompts, encoder=None):
-    """Text vectors [k,T] by `encoder`, by default the one that the model was trained with."""
-    encoder = encoder or (model.queries or {}).get("encoder", text.CLINICAL_BERT)
-    vectors = text.encode_text(prompts, encoder)
-    if vectors.shape[1] != model.config.text_dim:
-        raise InputError(f"{encoder} gives text vectors of width {vectors.shape[1]}, the model "
-                         f"takes {model.config.text_dim}; use the encoder it was trained with")
-    return vectors.to(model.text_projection.weight.device)
+def encode_queries(pathologies, anatomies, encoder, book, published):
+    """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
+    queries = {"encoder": encoder,
+               "pathology": {"names": pathologies,
+                             "prompts": text.pathology_prompts(pathologies, book)},
+               "anatomy": {"names": anatomies,
+                           "prompts": text.anatomy_prompts(anatomies, published)}}
+    for kind in ("pathology", "anatomy"):
+        queries[kind]["text"] = text.encode_text(queries[kind]["prompts"], encoder)
+    return queries
 
 
 def build_queries(table, args):
-    """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
+    """The queries of a training run, by train.py's flags."""
     pathologies, anatomies = text.PATHOLOGIES, text.ANATOMIES
     if args.queries == "corpus":
         triplets = (t for i in table.rows("train") for t in table.triplets(i)
@@ -149,24 +151,14 @@ def build_queries(table, args):
     # only the published matrix has labels for excluded_obs
     left_out = table.hidden | ({"excluded_obs"} - set(table.names))
     pathologies = [name for name in pathologies if name not in left_out]
-    queries = {
-        "encoder": args.text_encoder,
-        "pathology": {"names": pathologies,
-                      "prompts": text.pathology_prompts(pathologies, args.pathology_book)},
-        "anatomy": {"names": anatomies,
-                    "prompts": text.anatomy_prompts(anatomies, args.place_words == "published")}}
-    for kind in ("pathology", "anatomy"):
-        queries[kind]["text"] = text.encode_text(queries[kind]["prompts"], args.text_encoder)
-    return queries
+    return encode_queries(pathologies, anatomies, args.text_encoder, args.pathology_book,
+                          args.place_words == "published")
 
 
 def give_queries(model, pathology_book=None, encoder=None):
     """The published vocabulary as queries of a model that stores none."""
-    p_prompts = text.pathology_prompts(text.PATHOLOGIES, pathology_book)
-    a_prompts = text.anatomy_prompts(text.ANATOMIES, published=True)
-    model.queries = {
-        "pathology": {"names": text.PATHOLOGIES, "text": encode_prompts(model, p_prompts, encoder)},
-        "anatomy": {"names": text.ANATOMIES, "text": encode_prompts(model, a_prompts, encoder)}}
+    model.queries = encode_queries(text.PATHOLOGIES, text.ANATOMIES, encoder or text.CLINICAL_BERT,
+                                   pathology_book, published=True)
 
 
 def questions(model, labels, prompt=None, encoder=None):
@@ -177,17 +169,19 @@ def questions(model, labels, prompt=None, encoder=None):
     k new queries, of labels that have none, by their definition; `prompt` takes the place of the
     definition, and of the stored query where there is only one label.
     """
-    names = model.queries["pathology"]["names"]
-    device = model.text_projection.weight.device
-    texts = [model.queries[kind]["text"].to(device) for kind in ("pathology", "anatomy")]
+    names, encoder = model.queries["pathology"]["names"], encoder or model.queries["encoder"]
     columns = {label: names.index(name) for label, name in labels.items() if name in names}
     unseen = [label for label in labels if label not in columns]
     anew = list(labels) if prompt and len(labels) == 1 else unseen
     if prompt and len(anew) != 1:
         raise InputError(f"--prompt is for one label, not for {anew or 'none'}; leave it out")
+    stored, new = [model.queries[kind]["text"] for kind in ("pathology", "anatomy")], []
     for label in anew:
+        columns[label] = len(names) + len(new)
         name = label if label in text.DEFINITIONS else labels[label] or label
-        said = prompt or text.pathology_prompts([name])[0]
-        columns[label] = len(texts[0])
-        texts[0] = torch.cat([texts[0], encode_prompts(model, [said], encoder)])
-    return texts, columns, unseen
+        new += [text.encode_text([prompt or text.pathology_prompts([name])[0]], encoder)]  # [1,T]
+    if any(vectors.shape[1] != model.config.text_dim for vectors in stored + new):
+        raise InputError(f"the text vectors of {encoder} do not have the width that the model "
+                         f"takes, {model.config.text_dim}; use the encoder it was trained with")
+    device = model.text_projection.weight.device
+    return [torch.cat([stored[0], *new]).to(device), stored[1].to(device)], columns, unseen

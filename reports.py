@@ -14,8 +14,8 @@ How that sentence is read:
 
 The words are rows of vocabulary_words.csv. Their kinds: deny and doubt act on the findings that
 follow, denied and doubted on those before; start opens a statement after a comma; split ends a
-clause. _findings.csv has the place of a finding where none is stated, _implied.csv what a finding
-also says, _sections.csv the headers.
+clause. _findings.csv has the home of a finding, its place where none is stated, _implied.csv what
+a finding also says, _sections.csv the headers.
 
 Differs from the paper, which takes RadGraph's triplets: a bilateral finding is at both sides and at
 the joint landmark (lung_bases), not at that alone; else left_pleural would count as not mentioned.
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError, Parser, run
-from text import PATHOLOGIES, Triplet, bucket, landmark, stem, vocabulary_rows
+from text import Triplet, bucket, landmark, stem, vocabulary_rows
 
 # --------------------------------------------------------------- sections and sentences of a report
 
@@ -50,21 +50,19 @@ def section_name(header):
 def text_to_read(report):
     """Findings and impression of a report; of two sections with one name the last counts.
 
-    As in MIMIC's own parser a report with headers, but without these two, has a last paragraph,
-    all behind the first blank line of its last section. A report without any header is read whole.
+    Without these two it is the last paragraph: all behind the first blank line of the last section,
+    as in MIMIC's own parser. A report without any header is read whole.
     """
-    # addenda stand on top, above a line
+    # addenda stand on top, above a line; in some data sets a report is one line
     body = re.split(r"\n[ \t]*_{5,}[ \t]*\n", report.rstrip())[-1]
-    # in some data sets a report is one line
     body = re.sub(r"\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)[ \t]*:", r"\n\1:", body)
     name, texts = "", {"": ""}  # what stands before the first header has no name
     for line in body.split("\n"):
-        line = line.strip()
-        header = HEADER.match(line)
+        header = HEADER.match(line.strip())
         if header and section_name(header[1]):
-            name, line = section_name(header[1]), line[header.end():]
+            name, line = section_name(header[1]), line.strip()[header.end():]
             texts[name] = ""
-        texts[name] += "\n" + line
+        texts[name] += "\n" + line.strip()
     if name == "" and "FINAL REPORT" not in body:
         return body
     found = "\n\n".join(texts.get(section, "") for section in ("findings", "impression"))

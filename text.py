@@ -34,7 +34,6 @@ CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"  # E_T of the paper [30], T = 
 # existence: 1 present, 0 denied, -1 in doubt. sentence: where it was read, if the rules read it.
 Triplet = collections.namedtuple("Triplet", "pathology anatomy existence sentence", defaults=[""])
 
-# ------------------------------------------------------------------------------------- vocabulary
 
 def vocabulary_rows(name):
     """The rows of vocabulary_<name>.csv as dicts. These tables are meant to be edited."""
@@ -43,9 +42,9 @@ def vocabulary_rows(name):
         return list(csv.DictReader(file))
 
 
-# In the published order: column j of every published matrix is PATHOLOGIES[j], row i is
-# ANATOMIES[i]. The last two pathologies are buckets of what has no name of its own: rare findings
-# (tail_abnorm_obs), and words of change and size that name no disease (excluded_obs).
+# In the published order: column j of a published matrix is PATHOLOGIES[j], row i ANATOMIES[i]. The
+# last two pathologies are buckets: rare findings (tail_abnorm_obs), and words of change and size
+# that name no disease (excluded_obs).
 DEFINITIONS = {row["pathology"]: row["definition"] for row in vocabulary_rows("pathologies")}
 PLACES = {row["anatomy"]: row["place"] for row in vocabulary_rows("anatomies")}
 PATHOLOGIES = list(DEFINITIONS)  # m = 75
@@ -62,9 +61,8 @@ ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", "
 
 
 def swap_sides(name):
-    """The name of the same place in a mirrored image: left_pleural <-> right_pleural. A name
-    without a side stays; what comes back for middle_right_lobe, right_atrium and right_ventricle
-    is in no query list (see data.can_mirror)."""
+    """The same place in a mirrored image: left_pleural <-> right_pleural; a name without a side
+    stays. The mirror of middle_right_lobe or right_atrium has no name (see data.can_mirror)."""
     if "left" in name:  # no name of the vocabulary has both sides
         return name.replace("left", "right")
     return name.replace("right", "left")
@@ -74,8 +72,8 @@ def swap_sides(name):
 def landmark(anatomy):
     """The landmark of an anatomy in RadGraph's form: head word, then its modifiers, joined by |.
 
-    "lobe|left|lower" -> lower_left_lobe. The rows of vocabulary_landmarks.csv are tried in order
-    and the first that fits wins, as in the published table.
+    "lobe|left|lower" -> lower_left_lobe. Of the rows of vocabulary_landmarks.csv the first that
+    fits counts, as in the published table.
     """
     words = set(anatomy.split("|"))
     for row in LANDMARKS:
@@ -96,11 +94,8 @@ def stem(word, known):
 
 
 def lemma(words):
-    """Concept of an observation's words: "opacities" -> opacity, "mild" -> excluded_obs.
-
-    The published step took spaCy's lemmas, which change with its version. Here an ending comes
-    off when a known word remains.
-    """
+    """Concept of an observation's words: "opacities" -> opacity, "mild" -> excluded_obs. The
+    published step took spaCy's lemmas, which change with its version."""
     word = stem(words.lower(), KNOWN)
     return CONCEPT_OF.get(word, word)
 
@@ -135,10 +130,9 @@ def read_entities(graph):
     """{id: Entity} of one report, in the order of their ids."""
     # RadGraph's test reports have two annotators; the first is taken
     raw = graph["entities"] if "entities" in graph else graph["labeler_1"]["entities"]
-    numbers = sentence_numbers(graph["text"].split())
     kinds = {key: RADGRAPH_LABELS.get(entity["label"].replace("::measurement", ""))  # only in XL
              for key, entity in raw.items()}
-    entities = {}
+    numbers, entities = sentence_numbers(graph["text"].split()), {}
     for key in sorted(raw, key=int):  # as strings "10" would come before "2"
         words, relations = raw[key]["tokens"].lower(), raw[key]["relations"]
         # an anatomy of XL holds several words; the landmark table wants them apart, unless the
@@ -195,16 +189,13 @@ def read_radgraph(path, chunk=1 << 22):
     """Yield (key, graph) of a RadGraph file, one report at a time.
 
     MIMIC-CXR_graphs.json is one object of 220,763 reports. Read in pieces of `chunk` characters it
-    is never in memory as a whole. What is no RadGraph file fails, here or in radgraph_triplets;
-    formats/triplets.py tells the user.
+    is never in memory as a whole.
     """
-    decoder = json.JSONDecoder()
+    decoder, text = json.JSONDecoder(), ""
     opening = re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*')  # the key of the next report
-    text = ""
     with open(path, encoding="utf-8") as file:
         while piece := file.read(chunk):
-            text += piece
-            position = 0
+            text, position = text + piece, 0
             while key := opening.match(text, position):
                 try:
                     graph, position = decoder.raw_decode(text, key.end())
@@ -222,8 +213,7 @@ def existence_matrix(triplets, pathologies, anatomies, blank=-1):
     """int8 [n,m] of one report: 1 present, 0 denied, `blank` not mentioned (Sec. II-A).
 
     Where triplets disagree 1 outranks 0, in any order. Doubt counts as not mentioned. A name
-    outside the lists goes to tail_abnorm_obs or other where the lists have them, else it is
-    dropped. This is the matrix that training learns from and walk.py shows.
+    outside the lists goes to tail_abnorm_obs or other, if the lists have these.
     """
     column = {name: j for j, name in enumerate(pathologies)}
     row = {name: i for i, name in enumerate(anatomies)}
@@ -313,8 +303,6 @@ def load_bert(name):
         raise InputError(f"text encoder {name!r} cannot be loaded ({reason}); give the folder of a "
                          "downloaded model, or --text-encoder hashing") from None
 
-
-# ----------------------------------------------------------------------------------- the command
 
 def parse_args(argv=None):
     parser = Parser(description="The triplets of a report, read by the rules of reports.py.")
