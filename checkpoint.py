@@ -50,16 +50,18 @@ def load_model(path_or_hub_id, map_location="cpu"):
     path = locate(path_or_hub_id)
     checkpoint = read_checkpoint(path, map_location)
     try:
-        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value
-                   for name, value in checkpoint.get("model", checkpoint).items()}
-        weights = {name: value for name, value in weights.items() if not HARMLESS.search(name)}
+        weights = {}
+        for name, value in checkpoint.get("model", checkpoint).items():
+            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # of DDP and torch.compile
+            if not HARMLESS.search(name):
+                weights[name] = value
         if any(name.startswith("res_features.") for name in weights):
             weights, config = convert_published(weights)
         else:  # a field that is newer than the file takes its default
             config = MeDSLIPConfig(**checkpoint["config"])
         model = MeDSLIP(config).to(map_location)
         model.load_state_dict(weights)
-    except Exception as error:  # torch names each tensor at fault; foreign files fail anyhow
+    except Exception as error:  # of a foreign file; torch names each tensor that does not fit
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:4000]
         raise InputError(f"{path} is neither a checkpoint of train.py for this model nor a "
                          f"published MeDSLIP or MedKLIP one: {reason}") from None
@@ -73,15 +75,15 @@ def convert_published(weights):
     for name, value in weights.items():
         for theirs, ours in PUBLISHED:
             name = re.sub(theirs, ours, name)
-        if ".existence." in name and torch.is_tensor(value) and value.shape[:1] == (2,):
-            value = value[1:] - value[:1]  # softmax over (absent, present) = sigmoid of this
+        if ".existence." in name:  # softmax over (absent, present) = sigmoid of their difference
+            value = value[1:] - value[:1]
         converted[name] = value
     streams = "dual" if "anatomy.norm.weight" in converted else "single"
     if streams == "dual":
         # The released decoders share one final LayerNorm; of the two copies in the file it takes
         # the one read last, pathology's. A file that the release saved holds two equal ones.
         for end in ("weight", "bias"):
-            converted[f"anatomy.norm.{end}"] = converted.get(f"pathology.norm.{end}")
+            converted[f"anatomy.norm.{end}"] = converted[f"pathology.norm.{end}"]
     return converted, MeDSLIPConfig(streams=streams, mask="linear", icl="dot")
 
 

@@ -21,7 +21,6 @@ import functools
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
