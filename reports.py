@@ -5,8 +5,7 @@
 
 How that sentence is read:
     read_items      deny "no", finding effusion, comma, start "mild", finding scar, preposition
-                    "in", filler "the", side left, level lower
-    join_places     the last two are one Place(left, lower)
+                    "in", Place(left, lower)
     read_existence  effusion is denied; the comma before "mild" ends the denial: scar is present
     find_places     the place belongs to scar, behind which it stands
     share_places    effusion has no part in it: what is denied is denied everywhere
@@ -79,9 +78,9 @@ def sentences(report):
 
 # -------------------------------------------------------------------------------- words and places
 
-PHRASES = {tuple(row["word"].split()): row for row in vocabulary_rows("words")}
-WORDS = {word for phrase in PHRASES for word in phrase}
-LONGEST = max(len(phrase) for phrase in PHRASES)
+PHRASES = {row["word"]: row for row in vocabulary_rows("words")}
+WORDS = {word for phrase in PHRASES for word in phrase.split()}
+LONGEST = max(len(phrase.split()) for phrase in PHRASES)
 CLAUSE_ENDS = "|".join(rf"(?<!\w){row['word']}(?!\w)" for row in PHRASES.values()
                        if row["kind"] == "split")
 FINDINGS = {row["finding"]: row for row in vocabulary_rows("findings")}
@@ -96,7 +95,7 @@ Place = collections.namedtuple("Place", "side level organ vague", defaults=("", 
 
 @dataclass
 class Item:
-    kind: str                   # as in vocabulary_words.csv, "word" or "place"
+    kind: str                   # as in vocabulary_words.csv, or "place"
     name: str
     place: Place = Place()      # of kind place
     existence: int = 1          # of kind finding
@@ -104,37 +103,33 @@ class Item:
 
 
 def read_items(text):
-    """The Items of a clause: the longest phrases that the table knows, and other words."""
+    """The Items of a clause: the longest phrases that the table knows; other words are left out.
+
+    Words of one place become one item: "base of the left lung" -> Place(left, lower, lung).
+    """
     found = re.findall(r"(?<![a-z0-9])[a-z]+|[,:()/]", text.lower())
     words, items = [stem(word, WORDS) for word in found], []
+    current = None  # the place that the next word of a place adds to
     while words:
         for length in range(LONGEST, 0, -1):
-            phrase = tuple(words[:length])
-            if phrase in PHRASES:
+            row = PHRASES.get(" ".join(words[:length]))
+            if row:
                 break
-        row = PHRASES.get(phrase, {"kind": "word", "name": ""})
+        words = words[length:]
+        if row is None or row["kind"] == "filler":
+            continue
         if row["kind"] == "short for":
-            items += read_items(row["name"])  # bibasilar: both base
-        else:
-            items.append(Item(row["kind"], row["name"] or phrase[0]))
-        words = words[len(phrase):]
-    return items
-
-
-def join_places(items):
-    """Words of one place become one item: "base of the left lung" -> Place(left, lower, lung)."""
-    joined, current = [], None  # current: the place that the next word of a place adds to
-    for item in items:
-        if item.kind in Place._fields:
+            words = row["name"].split() + words  # bibasilar: both base
+        elif row["kind"] in Place._fields:
             if current is None:
                 current = Item("place", "")
-                joined.append(current)
-            current.place = current.place._replace(**{item.kind: item.name})
+                items.append(current)
+            current.place = current.place._replace(**{row["kind"]: row["name"]})
         else:
-            joined.append(item)
-            if item.kind not in ("filler", "word") and item.name != "of":
+            items.append(Item(row["kind"], row["name"] or row["word"]))
+            if row["word"] != "of":
                 current = None
-    return joined
+    return items
 
 
 def kinds(items, start, end):
@@ -142,8 +137,8 @@ def kinds(items, start, end):
 
 
 def touch(items, i, j):
-    """Whether nothing but plain words and places is between items i and j."""
-    return kinds(items, i + 1, j) <= {"word", "start", "filler", "place"}
+    """Whether nothing but places and words such as "small" is between items i and j."""
+    return kinds(items, i + 1, j) <= {"start", "place"}
 
 
 # ------------------------------------------------------------------- from a clause to its triplets
@@ -158,7 +153,7 @@ def read_existence(items):
     existence, subject, behind = 1, [], 0  # subject: what "has resolved" is about; where it ends
     for i, item in enumerate(items):
         since = kinds(items, behind, i) if subject else set()
-        coming = [other for other in items[i + 1:] if other.kind not in ("word", "filler", "place")]
+        coming = [other for other in items[i + 1:] if other.kind != "place"]
         following = coming[0] if coming else item
         if item.kind == "finding":
             if item.name == "normal" and "verb" in since and not since & {"comma", "join"}:
@@ -232,7 +227,7 @@ def landmarks(place, home):
 @lru_cache(2 ** 16)  # reports repeat themselves: "No pneumothorax." is read once
 def read_clause(text):
     """((concept, landmark, existence), ...) of what stands between two "but" or semicolons."""
-    items = join_places(read_items(text))
+    items = read_items(text)
     positions = [i for i, item in enumerate(items) if item.kind == "finding"]
     read_existence(items)
     find_places(items, positions)
