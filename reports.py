@@ -169,7 +169,7 @@ def read_existence(items):
         elif item.kind in ("comma", "join") and item.name != "or":
             # "no effusion, [mild scarring]"; "no effusion is seen, [scarring in the left base]"
             starts = following.kind == "start" or following.name in ("normal", "clear")
-            if starts and existence == 0 or since & {"verb", "denied", "doubted"}:
+            if (starts and existence == 0) or since & {"verb", "denied", "doubted"}:
                 existence, subject = 1, []
 
 

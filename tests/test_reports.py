@@ -1,5 +1,5 @@
-"""What reports.py reads is what a radiologist wrote: cases that a pencil can check, and the score on
-real reports and figure captions, where those are at hand.
+"""What reports.py reads is what a radiologist wrote: cases that a pencil can check, and the score
+on real reports and figure captions, where those are at hand.
 
 roco_readings.csv is what we read in 300 captions of ROCOv2's training part, drawn by chance: the
 rules were mended with 200 ("mend"), the other 100 ("test") were read afterwards. A finding is
