@@ -88,8 +88,8 @@ IMPLIED = {(row["said"], row["organ"], int(row["existence"])):
            (row["means"], row["anatomy"], int(row["its_existence"]))
            for row in vocabulary_rows("implied")}
 
-# side: left, right or both; level: upper, mid, lower or apical; vague: an organ that says too
-# little beside a side or a level ("pulmonary")
+# side: left, right or both; level: upper, mid, lower or apical; organ: several are joined by |;
+# vague: an organ that says too little beside a side or a level ("pulmonary")
 Place = collections.namedtuple("Place", "side level organ vague", defaults=("", "", "", ""))
 
 
@@ -118,16 +118,19 @@ def read_items(text):
         words = words[length:]
         if row is None or row["kind"] == "filler":
             continue
-        if row["kind"] == "short for":
-            words = row["name"].split() + words  # bibasilar: both base
-        elif row["kind"] in Place._fields:
-            if current is None:
-                current = Item("place", "")
+        kind, name = row["kind"], row["name"]
+        if kind == "short for":
+            words = name.split() + words  # bibasilar: both base
+        elif kind in Place._fields:
+            known = getattr(current.place, kind) if current else ""
+            if current is None or (kind in ("side", "level") and known not in ("", name)):
+                current, known = Item("place", ""), ""
                 items.append(current)
-            current.place = current.place._replace(**{row["kind"]: row["name"]})
+            joined = name if known in ("", name) else f"{known}|{name}"
+            current.place = current.place._replace(**{kind: joined})
         else:
-            items.append(Item(row["kind"], row["name"] or row["word"]))
-            if row["word"] != "of":
+            items.append(Item(kind, name or row["word"]))
+            if row["word"] not in ("of", "on"):
                 current = None
     return items
 
@@ -168,20 +171,27 @@ def read_existence(items):
             existence = MEANING[item.kind]
         elif item.kind in ("comma", "join") and item.name != "or":
             # "no effusion, [mild scarring]"; "no effusion is seen, [scarring in the left base]"
-            starts = following.kind == "start" or following.name in ("normal", "clear")
+            normal = following.name in ("normal", "clear", "unremarkable", "stable")
+            starts = following.kind == "start" or normal
             if (starts and existence == 0) or since & {"verb", "denied", "doubted"}:
                 existence, subject = 1, []
 
 
 def find_places(items, positions):
     """Give every place of a clause to the finding before it or to the one after it."""
+    last = -1  # number of the finding or place before an item
     for i, item in enumerate(items):
         if item.kind == "place" and positions:
             before = [p for p in positions if p < i]
             after = [p for p in positions if p > i]
-            # "left basilar [opacity]", but "[opacity] in the left base"
-            forward = not before or (after and touch(items, i, after[0]))
+            # "[opacity] in the left base", but "left basilar [opacity]" and "the left base shows
+            # [opacity]"
+            since = kinds(items, last + 1, i)
+            linked = "preposition" in since or not since & {"comma", "join", "verb"}
+            forward = not before or (after and (not linked or touch(items, i, after[0])))
             add_place(items[after[0] if forward else before[-1]].places, item.place)
+        if item.kind in ("finding", "place"):
+            last = i
 
 
 def add_place(places, place):
@@ -201,7 +211,7 @@ def share_places(findings):
     for giver, taker in pairs + [(b, a) for a, b in reversed(pairs)]:
         row, other = FINDINGS[taker.name], FINDINGS[giver.name]
         # what is denied is denied everywhere; what is normal is not where the effusion is
-        if (giver.places and not taker.places and taker.existence
+        if (giver.places and not taker.places and not row["home"] and taker.existence
                 and (other["needs_place"] or not row["needs_place"])):
             taker.places = giver.places
             if other["always_home"]:  # beside the left pleura, not in it
@@ -211,7 +221,7 @@ def share_places(findings):
 def landmarks(place, home):
     """The landmarks of one Place; a place on both sides is also the joint one, as lung_bases."""
     vague = "" if place.side or place.level else place.vague
-    words = place.organ or vague or ("lung" if place.level else home)
+    words = f"{place.organ}|{vague}".strip("|") or ("lung" if place.level else home)
     if place.level:
         words += f"|{place.level}"
     joint = "lung_apices" if words in ("lung|upper", "lung|apical") else landmark(words)
@@ -238,7 +248,7 @@ def read_clause(text):
         if (after and items[after].name in row["adjective_of"].split(" or ")
                 and touch(items, i, after)):
             continue  # "nodular opacity" is no nodule
-        if row["needs_place"] and not finding.places:
+        if row["needs_place"] and finding.existence and not finding.places:
             continue
         for place in finding.places or [Place(organ=row["home"] or "unspecified")]:
             if row["always_home"]:

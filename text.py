@@ -52,9 +52,10 @@ ANATOMIES = list(PLACES)         # n = 51, as released; Table II says 50
 DEFINITIONS |= {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
 CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
 KNOWN = {*PATHOLOGIES, *CONCEPT_OF}
-# Each cell of the landmark table as a set: "base or lower" -> {"base", "lower"}
-LANDMARKS = [{column: set(cell.split(" or ")) - {""} for column, cell in row.items()}
-             for row in vocabulary_rows("landmarks")]
+# {landmark: its row, each cell as a set: "base or lower" -> {"base", "lower"}}
+LANDMARKS = {row["landmark"]: {column: set(filter(None, cell.split(" or ")))
+                               for column, cell in row.items()}
+             for row in vocabulary_rows("landmarks")}
 ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""), ("d", ""),
            ("ing", ""), ("ing", "e"), ("ring", ""), ("red", "")]  # of a word -> of its stem
 
@@ -75,11 +76,11 @@ def landmark(anatomy):
     fits counts, as in the published table.
     """
     words = set(anatomy.split("|"))
-    for row in LANDMARKS:
+    for name, row in LANDMARKS.items():
         needed = [row[key] for key in ("one_of", "and_one_of", "and_one_of_too") if row[key]]
         fits = not words & row["none_of"] and all(words & choice for choice in needed)
         if fits or anatomy in row["or_exactly"]:  # the order of the modifiers counts, as published
-            return next(iter(row["landmark"]))    # the only member of its set
+            return name
     return "unspecified" if anatomy == "unspecified" else "other"  # the last two of ANATOMIES
 
 
