@@ -72,8 +72,7 @@ def sentences(report):
     """The sentences of what is read of a report, as a list."""
     # MIMIC wraps its lines, so a line may end within a sentence, but a blank line ends one
     found = re.split(r"\n\s*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text_to_read(report))
-    return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
-            if re.search(r"[A-Za-z]{3}", sentence)]  # "2) No edema." without its number
+    return [" ".join(sentence.split()) for sentence in found if re.search(r"[A-Za-z]{3}", sentence)]
 
 
 # -------------------------------------------------------------------------------- words and places
@@ -173,7 +172,7 @@ def read_existence(items):
             # "no effusion, [mild scarring]"; "no effusion is seen, [scarring in the left base]"
             normal = following.name in ("normal", "clear", "unremarkable", "stable")
             starts = following.kind == "start" or normal
-            if (starts and existence == 0) or since & {"verb", "denied", "doubted"}:
+            if (starts and existence == 0) or "verb" in since:
                 existence, subject = 1, []
 
 
@@ -184,12 +183,13 @@ def find_places(items, positions):
         if item.kind == "place" and positions:
             before = [p for p in positions if p < i]
             after = [p for p in positions if p > i]
-            # "[opacity] in the left base", but "left basilar [opacity]" and "the left base shows
-            # [opacity]"
+            # "[opacity] in the left base", but "the left base shows [opacity]"
             since = kinds(items, last + 1, i)
             linked = "preposition" in since or not since & {"comma", "join", "verb"}
-            forward = not before or (after and (not linked or touch(items, i, after[0])))
-            add_place(items[after[0] if forward else before[-1]].places, item.place)
+            if after and touch(items, i, after[0]):
+                linked = False  # "left basilar [opacity]"
+            owner = before[-1] if before and (linked or not after) else after[0]
+            add_place(items[owner].places, item.place)
         if item.kind in ("finding", "place"):
             last = i
 

