@@ -45,9 +45,6 @@ def run(main, parse_args):
     """Run a script. `main` takes the parsed flags."""
     try:
         main(parse_args())
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -55,8 +52,6 @@ def run(main, parse_args):
 
 def print_table(title, scores, keys):
     """{name: {key: value}}: numbers to three decimals, a dash for None or nothing."""
-    if not scores:
-        return
     for name, values in {title: dict(zip(keys, keys)), **scores}.items():
         line = f"{name:<33}"
         for key in keys:
@@ -112,15 +107,13 @@ def pick_device(name=None):
 def join_processes(name=None):
     """-> (device, rank, number of processes); joins the other processes under torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(name)
+    device, backend = pick_device(name), "gloo"
     if world > 1 and device.type == "cuda":
         device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    if world > 1:
-        # gloo carries small flags between CPUs, so that no GPU waits for them. A day, because the
-        # others wait while the first process prepares a data set.
-        torch.distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        backend = "cpu:gloo,cuda:nccl"  # gloo carries small flags, so that no GPU waits for them
+    if world > 1:  # a day, because the others wait while the first process prepares a data set
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
     return device, rank, world
@@ -138,13 +131,12 @@ def pick_amp(choice, device):
     auto: on a GPU bf16 where the hardware has it, else fp16. On a CPU the faster one of bf16 and
     fp32: some processors gain a factor of two from bf16 and others lose, so it is measured.
     """
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice)
     if choice != "auto":
-        return dtype, f"--amp {choice}"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice), f"--amp {choice}"
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the GPU has it"
         return torch.float16, "the GPU has no bf16"
-    fp32, bf16 = (matmul_seconds(d, device) for d in (torch.float32, torch.bfloat16))
-    why = f"a matrix product takes {bf16 / fp32:.2f} of its time in fp32"
-    return (torch.bfloat16 if bf16 < 0.8 * fp32 else None), f"bf16: {why}"
+    share = matmul_seconds(torch.bfloat16, device) / matmul_seconds(torch.float32, device)
+    why = f"bf16: a matrix product takes {share:.2f} of its time in fp32"
+    return (torch.bfloat16 if share < 0.8 else None), why

@@ -5,8 +5,7 @@
 
 How that sentence is read:
     read_items      deny "no", finding effusion, comma, start "mild", finding scar, preposition
-                    "in", filler "the", side left, level lower
-    join_places     the last two are one Place(left, lower)
+                    "in", Place(left, lower)
     read_existence  effusion is denied; the comma before "mild" ends the denial: scar is present
     find_places     the place belongs to scar, behind which it stands
     share_places    effusion has no part in it: what is denied is denied everywhere
@@ -14,8 +13,8 @@ How that sentence is read:
 
 The words are rows of vocabulary_words.csv. Their kinds: deny and doubt act on the findings that
 follow, denied and doubted on those before; start opens a statement after a comma; split ends a
-clause. _findings.csv has the place of a finding where none is stated, _implied.csv what a finding
-also says, _sections.csv the headers.
+clause. _findings.csv has the home of a finding, its place where none is stated, _implied.csv what
+a finding also says, _sections.csv the headers.
 
 Differs from the paper, which takes RadGraph's triplets: a bilateral finding is at both sides and at
 the joint landmark (lung_bases), not at that alone; else left_pleural would count as not mentioned.
@@ -31,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError, Parser, run
-from text import PATHOLOGIES, Triplet, bucket, landmark, stem, vocabulary_rows
+from text import Triplet, bucket, landmark, stem, vocabulary_rows
 
 # --------------------------------------------------------------- sections and sentences of a report
 
@@ -41,54 +40,46 @@ SECTIONS = {row["header_word"]: row["section"] for row in vocabulary_rows("secti
 
 
 def section_name(header):
-    """A header in any spelling -> "findings", "impression", its own words, or "" (no header)."""
+    """A header in any spelling -> findings, impression or other; "" if it heads no section."""
     words = [stem(word, SECTIONS) for word in re.findall("[a-z]+", header.lower())]
     known = [section for word, section in SECTIONS.items() if word in words]
-    return known[0] if known and known[0] != "other" else " ".join(words)
+    return known[0] if known else "other"
 
 
-def sections(report):
-    """{name: text} of a report's sections; of two with one name the last that is not empty.
+def text_to_read(report):
+    """Findings and impression of a report; of two sections with one name the last counts.
 
-    As in MIMIC's own parser a report with headers, but without findings and impression, has a
-    `last_paragraph`, all behind the first blank line of its last section. A report without any
-    header is all `findings`.
+    Without these two it is the last paragraph: all behind the first blank line of the last section,
+    as in MIMIC's own parser. A report without any header is read whole.
     """
-    parts = [part for part in re.split(r"\n[ \t]*_{5,}[ \t]*\n", report) if part.strip()]
-    body = parts[-1] if parts else ""  # addenda stand on top, above a line
-    # in some data sets a report is one line
+    # addenda stand on top, above a line; in some data sets a report is one line
+    body = re.split(r"\n[ \t]*_{5,}[ \t]*\n", report.rstrip())[-1]
     body = re.sub(r"\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)[ \t]*:", r"\n\1:", body)
-    blocks = [["", ""]]  # name, text
+    name, texts = "", {"": ""}  # what stands before the first header has no name
     for line in body.split("\n"):
         header = HEADER.match(line.strip())
-        name = section_name(header[1]) if header else ""
-        if name:
-            blocks.append([name, line.strip()[header.end():]])
-        else:
-            blocks[-1][1] += "\n" + line.strip()
-    if len(blocks) == 1 and "FINAL REPORT" not in body:
-        return {"findings": blocks[0][1]}
-    found = {name: text for name, text in blocks if name and text.strip()}
-    if "findings" not in found and "impression" not in found:
-        found["last_paragraph"] = blocks[-1][1].lstrip("\n").partition("\n\n")[2]
-    return found
+        if header and section_name(header[1]):
+            name, line = section_name(header[1]), line.strip()[header.end():]
+            texts[name] = ""
+        texts[name] += "\n" + line.strip()
+    if name == "" and "FINAL REPORT" not in body:
+        return body
+    found = "\n\n".join(texts.get(section, "") for section in ("findings", "impression"))
+    return found if found.strip() else texts[name].lstrip("\n").partition("\n\n")[2]
 
 
 def sentences(report):
-    """The sentences of findings and impression, else of the last paragraph, as a list."""
-    read = ("findings", "impression", "last_paragraph")
-    text = "\n\n".join(text for name, text in sections(report).items() if name in read)
+    """The sentences of what is read of a report, as a list."""
     # MIMIC wraps its lines, so a line may end within a sentence, but a blank line ends one
-    found = re.split(r"\n\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text)
-    return [re.sub(r"^\d{1,2}[.)] ", "", " ".join(sentence.split())) for sentence in found
-            if re.search(r"[A-Za-z]{3}", sentence)]  # "2) No edema." without its number
+    found = re.split(r"\n\s*\n|(?<=[.;!?])\s+|(?<=[a-z]\.)(?=[A-Z])", text_to_read(report))
+    return [" ".join(sentence.split()) for sentence in found if re.search(r"[A-Za-z]{3}", sentence)]
 
 
 # -------------------------------------------------------------------------------- words and places
 
-PHRASES = {tuple(row["word"].split()): row for row in vocabulary_rows("words")}
-WORDS = {word for phrase in PHRASES for word in phrase}
-LONGEST = max(len(phrase) for phrase in PHRASES)
+PHRASES = {row["word"]: row for row in vocabulary_rows("words")}
+WORDS = {word for phrase in PHRASES for word in phrase.split()}
+LONGEST = max(len(phrase.split()) for phrase in PHRASES)
 CLAUSE_ENDS = "|".join(rf"(?<!\w){row['word']}(?!\w)" for row in PHRASES.values()
                        if row["kind"] == "split")
 FINDINGS = {row["finding"]: row for row in vocabulary_rows("findings")}
@@ -103,7 +94,7 @@ Place = collections.namedtuple("Place", "side level organ vague", defaults=("", 
 
 @dataclass
 class Item:
-    kind: str                   # as in vocabulary_words.csv, "word" or "place"
+    kind: str                   # as in vocabulary_words.csv, or "place"
     name: str
     place: Place = Place()      # of kind place
     existence: int = 1          # of kind finding
@@ -111,43 +102,45 @@ class Item:
 
 
 def read_items(text):
-    """The Items of a clause: the longest phrases that the table knows, and other words."""
+    """The Items of a clause: the longest phrases that the table knows; other words are left out.
+
+    Words of one place become one item: "base of the left lung" -> Place(left, lower, lung).
+    """
     found = re.findall(r"(?<![a-z0-9])[a-z]+|[,:()/]", text.lower())
     words, items = [stem(word, WORDS) for word in found], []
+    current = None  # the place that the next word of a place adds to
     while words:
         for length in range(LONGEST, 0, -1):
-            phrase = tuple(words[:length])
-            if phrase in PHRASES:
+            row = PHRASES.get(" ".join(words[:length]))
+            if row:
                 break
-        row = PHRASES.get(phrase, {"kind": "word", "name": ""})
-        if row["kind"] == "short for":
-            items += read_items(row["name"])  # bibasilar: both base
-        else:
-            items.append(Item(row["kind"], row["name"] or phrase[0]))
-        words = words[len(phrase):]
-    return items
-
-
-def join_places(items):
-    """Words of one place become one item: "base of the left lung" -> Place(left, lower, lung)."""
-    joined, place = [], None  # place: the item that the next word of anatomy may add to
-    for item in items:
-        if item.kind not in Place._fields:
-            if item.kind not in ("filler", "word") and item.name not in ("of", "on"):
-                place = None
-            joined.append(item)
+        words = words[length:]
+        if row is None or row["kind"] == "filler":
             continue
-        known = getattr(place.place, item.kind) if place else ""
-        if not place or item.kind in ("side", "level") and known not in ("", item.name):
-            place, known = Item("place", ""), ""
-            joined.append(place)
-        name = item.name if known in ("", item.name) else f"{known}|{item.name}"
-        place.place = place.place._replace(**{item.kind: name})
-    return joined
+        kind, name = row["kind"], row["name"]
+        if kind == "short for":
+            words = name.split() + words  # bibasilar: both base
+        elif kind in Place._fields:
+            known = getattr(current.place, kind) if current else ""
+            if current is None or (kind in ("side", "level") and known not in ("", name)):
+                current, known = Item("place", ""), ""
+                items.append(current)
+            joined = name if known in ("", name) else f"{known}|{name}"
+            current.place = current.place._replace(**{kind: joined})
+        else:
+            items.append(Item(kind, name or row["word"]))
+            if row["word"] not in ("of", "on"):
+                current = None
+    return items
 
 
 def kinds(items, start, end):
     return {item.kind for item in items[start:end]}
+
+
+def touch(items, i, j):
+    """Whether nothing but places and words such as "small" is between items i and j."""
+    return kinds(items, i + 1, j) <= {"start", "place"}
 
 
 # ------------------------------------------------------------------- from a clause to its triplets
@@ -162,7 +155,7 @@ def read_existence(items):
     existence, subject, behind = 1, [], 0  # subject: what "has resolved" is about; where it ends
     for i, item in enumerate(items):
         since = kinds(items, behind, i) if subject else set()
-        coming = [other for other in items[i + 1:] if other.kind not in ("word", "filler", "place")]
+        coming = [other for other in items[i + 1:] if other.kind != "place"]
         following = coming[0] if coming else item
         if item.kind == "finding":
             if item.name == "normal" and "verb" in since and not since & {"comma", "join"}:
@@ -177,8 +170,9 @@ def read_existence(items):
             existence = MEANING[item.kind]
         elif item.kind in ("comma", "join") and item.name != "or":
             # "no effusion, [mild scarring]"; "no effusion is seen, [scarring in the left base]"
-            starts = following.kind == "start" or following.name in PATHOLOGIES[:8]  # normal, clear
-            if starts and existence == 0 or since & {"verb", "denied", "doubted"}:
+            normal = following.name in ("normal", "clear", "unremarkable", "stable")
+            starts = following.kind == "start" or normal
+            if (starts and existence == 0) or "verb" in since:
                 existence, subject = 1, []
 
 
@@ -189,10 +183,10 @@ def find_places(items, positions):
         if item.kind == "place" and positions:
             before = [p for p in positions if p < i]
             after = [p for p in positions if p > i]
-            # "[opacity] in the left base", but "The left lung base shows [opacity]"
+            # "[opacity] in the left base", but "the left base shows [opacity]"
             since = kinds(items, last + 1, i)
             linked = "preposition" in since or not since & {"comma", "join", "verb"}
-            if after and kinds(items, i + 1, after[0]) <= {"word", "start", "filler", "place"}:
+            if after and touch(items, i, after[0]):
                 linked = False  # "left basilar [opacity]"
             owner = before[-1] if before and (linked or not after) else after[0]
             add_place(items[owner].places, item.place)
@@ -227,8 +221,9 @@ def share_places(findings):
 def landmarks(place, home):
     """The landmarks of one Place; a place on both sides is also the joint one, as lung_bases."""
     vague = "" if place.side or place.level else place.vague
-    organ = f"{place.organ}|{vague}".strip("|") or ("lung" if place.level else home)
-    words = f"{organ}|{place.level}" if place.level else organ
+    words = f"{place.organ}|{vague}".strip("|") or ("lung" if place.level else home)
+    if place.level:
+        words += f"|{place.level}"
     joint = "lung_apices" if words in ("lung|upper", "lung|apical") else landmark(words)
     if place.side == "both" and place.organ == "perihilar":
         return [joint]  # around both hila is one place
@@ -242,7 +237,7 @@ def landmarks(place, home):
 @lru_cache(2 ** 16)  # reports repeat themselves: "No pneumothorax." is read once
 def read_clause(text):
     """((concept, landmark, existence), ...) of what stands between two "but" or semicolons."""
-    items = join_places(read_items(text))
+    items = read_items(text)
     positions = [i for i, item in enumerate(items) if item.kind == "finding"]
     read_existence(items)
     find_places(items, positions)
@@ -250,8 +245,8 @@ def read_clause(text):
     triplets = []
     for i, after in zip(positions, positions[1:] + [None]):
         finding, row = items[i], FINDINGS[items[i].name]
-        if after and items[after].name in row["adjective_of"].split(" or ") and (
-                kinds(items, i + 1, after) <= {"word", "start", "filler", "place"}):
+        if (after and items[after].name in row["adjective_of"].split(" or ")
+                and touch(items, i, after)):
             continue  # "nodular opacity" is no nodule
         if row["needs_place"] and finding.existence and not finding.places:
             continue
@@ -304,7 +299,7 @@ def main(args):
     from sklearn.metrics import classification_report
     from formats.openi import OPENI, reports
     sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
-    indexed, asserted, same_side, problems, errors = [], [], [], [], collections.Counter()
+    indexed, asserted, same_side, problems = [], [], [], []
     for record in reports(args.root, problems):
         triplets = extract_triplets(record["report"])
         for label, headings in OPENI.items():
@@ -315,17 +310,13 @@ def main(args):
             asserted.append(bool(places))
             if terms and places - sideless and sides(terms):
                 same_side.append(sides(terms) == sides(places))
-            if bool(terms) != bool(places):
-                errors[label, "not asserted" if terms else "not indexed"] += 1
     if not indexed:
         raise InputError(f"no Open-i report in {args.root}: it should hold ecgen-radiology/*.xml "
                          "or NLMCXR_reports.tgz")
     shape = (-1, len(OPENI))                                        # [N,L]
     print(classification_report(np.reshape(indexed, shape), np.reshape(asserted, shape),
                                 target_names=list(OPENI), digits=3, zero_division=0))
-    print(f"side right in {np.mean(same_side):.3f} of {len(same_side)}; commonest errors:")
-    for (label, kind), count in errors.most_common(5):
-        print(f"{count:4d} {label} {kind}")
+    print(f"side right in {np.mean(same_side):.3f} of {len(same_side)}")
     for kind, what in problems:
         print(f"{kind}: {what}")
 

@@ -9,10 +9,9 @@ anatomy, one column per pathology; 1 present, 0 denied, -1 not mentioned.
 
 Differs from the paper and the released code:
 - The paper takes RadGraph's triplets only; our rules need neither a model nor credentials.
-- The definitions of the pathologies (vocabulary_pathologies.csv) are our own words; the published
-  file can be given instead (--pathology-book).
-- Anatomy prompts say "the left pleural space" where the released ones say "left_pleural"; the
-  released wording is used with the released weights.
+- Pathologies are defined in our words (vocabulary_pathologies.csv); --pathology-book takes the
+  published ones. Anatomy prompts say "the left pleural space", the released ones "left_pleural";
+  with released weights the released wording is used.
 - A prompt is cut at the limit of the text encoder; the released code cuts at 128 tokens in
   training and at 64 in tests.
 """
@@ -22,7 +21,6 @@ import functools
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +33,6 @@ CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"  # E_T of the paper [30], T = 
 # existence: 1 present, 0 denied, -1 in doubt. sentence: where it was read, if the rules read it.
 Triplet = collections.namedtuple("Triplet", "pathology anatomy existence sentence", defaults=[""])
 
-# ------------------------------------------------------------------------------------- vocabulary
 
 def vocabulary_rows(name):
     """The rows of vocabulary_<name>.csv as dicts. These tables are meant to be edited."""
@@ -44,28 +41,27 @@ def vocabulary_rows(name):
         return list(csv.DictReader(file))
 
 
-# In the published order: column j of every published matrix is PATHOLOGIES[j], row i is
-# ANATOMIES[i]. The last two pathologies are buckets of what has no name of its own: rare findings
-# (tail_abnorm_obs), and words of change and size that name no disease (excluded_obs).
+# In the published order: column j of a published matrix is PATHOLOGIES[j], row i ANATOMIES[i]. The
+# last two pathologies are buckets: rare findings (tail_abnorm_obs), and words of change and size
+# that name no disease (excluded_obs).
 DEFINITIONS = {row["pathology"]: row["definition"] for row in vocabulary_rows("pathologies")}
 PLACES = {row["anatomy"]: row["place"] for row in vocabulary_rows("anatomies")}
 PATHOLOGIES = list(DEFINITIONS)  # m = 75
 ANATOMIES = list(PLACES)         # n = 51, as released; Table II says 50
-# Of labels of data sets that the vocabulary lacks, or has only in the bucket of rare findings
-LABEL_DEFINITIONS = {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
+# labels of data sets that are no pathology of their own above
+DEFINITIONS |= {row["label"]: row["definition"] for row in vocabulary_rows("labels")}
 CONCEPT_OF = {row["word"]: row["concept"] for row in vocabulary_rows("lemmas")}
 KNOWN = {*PATHOLOGIES, *CONCEPT_OF}
-# Each cell of the landmark table as a set: "base or lower" -> {"base", "lower"}
-LANDMARKS = [{column: set(cell.split(" or ")) - {""} for column, cell in row.items()}
-             for row in vocabulary_rows("landmarks")]
+# {landmark: its row, each cell as a set: "base or lower" -> {"base", "lower"}}
+LANDMARKS = {row["landmark"]: {key: set(cell.split(" or ")) - {""} for key, cell in row.items()}
+             for row in vocabulary_rows("landmarks")}
 ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", ""), ("d", ""),
            ("ing", ""), ("ing", "e"), ("ring", ""), ("red", "")]  # of a word -> of its stem
 
 
 def swap_sides(name):
-    """The name of the same place in a mirrored image: left_pleural <-> right_pleural. A name
-    without a side stays. middle_right_lobe, right_atrium and right_ventricle have no partner: what
-    comes back is in no query list (see data.can_mirror)."""
+    """The same place in a mirrored image: left_pleural <-> right_pleural; a name without a side
+    stays. The mirror of middle_right_lobe or right_atrium has no name (see data.can_mirror)."""
     if "left" in name:  # no name of the vocabulary has both sides
         return name.replace("left", "right")
     return name.replace("right", "left")
@@ -75,15 +71,15 @@ def swap_sides(name):
 def landmark(anatomy):
     """The landmark of an anatomy in RadGraph's form: head word, then its modifiers, joined by |.
 
-    "lobe|left|lower" -> lower_left_lobe. The rows of vocabulary_landmarks.csv are tried in order
-    and the first that fits wins, as in the published table.
+    "lobe|left|lower" -> lower_left_lobe. Of the rows of vocabulary_landmarks.csv the first that
+    fits counts, as in the published table.
     """
     words = set(anatomy.split("|"))
-    for row in LANDMARKS:
+    for name, row in LANDMARKS.items():
         needed = [row[key] for key in ("one_of", "and_one_of", "and_one_of_too") if row[key]]
         fits = not words & row["none_of"] and all(words & choice for choice in needed)
         if fits or anatomy in row["or_exactly"]:  # the order of the modifiers counts, as published
-            return next(iter(row["landmark"]))    # the only member of its set
+            return name
     return "unspecified" if anatomy == "unspecified" else "other"  # the last two of ANATOMIES
 
 
@@ -96,22 +92,16 @@ def stem(word, known):
     return word
 
 
-def lemma(token):
-    """Concept of one observation word: "opacities" -> opacity, "enlargement" -> enlarge.
-
-    The published step took spaCy's lemmas, which change with its version. Here an ending comes
-    off when a known word remains. Words of change and size stay: `bucket` sorts them out.
-    """
-    token = stem(token.lower(), KNOWN)
-    concept = CONCEPT_OF.get(token, token)
-    return token if concept == "excluded_obs" else concept
+def lemma(words):
+    """Concept of an observation's words: "opacities" -> opacity, "mild" -> excluded_obs. The
+    published step took spaCy's lemmas, which change with its version."""
+    word = stem(words.lower(), KNOWN)
+    return CONCEPT_OF.get(word, word)
 
 
 def bucket(concept):
-    """The concept itself if it is one of the 75 pathologies, else the bucket that takes it."""
-    if concept in DEFINITIONS:
-        return concept
-    return "excluded_obs" if CONCEPT_OF.get(concept) == "excluded_obs" else "tail_abnorm_obs"
+    """The concept itself if it is one of the 75 pathologies, else the bucket of rare findings."""
+    return concept if concept in PATHOLOGIES else "tail_abnorm_obs"
 
 
 # --------------------------------------------------------------------------------------- RadGraph
@@ -120,7 +110,7 @@ RADGRAPH_LABELS = {  # of RadGraph 1.0 and RadGraph-XL; entities with other labe
     "ANAT-DP": "anatomy", "OBS-DP": 1, "OBS-DA": 0, "OBS-U": -1,
     "Anatomy::definitely present": "anatomy", "Observation::definitely present": 1,
     "Observation::definitely absent": 0, "Observation::uncertain": -1}
-# kind: "anatomy", or the existence of an observation; relations: (name, id of the target)
+# kind: "anatomy", or the existence of an observation; relations: [(name, id of the target)]
 Entity = collections.namedtuple("Entity", "kind words sentence relations")
 
 
@@ -139,39 +129,36 @@ def read_entities(graph):
     """{id: Entity} of one report, in the order of their ids."""
     # RadGraph's test reports have two annotators; the first is taken
     raw = graph["entities"] if "entities" in graph else graph["labeler_1"]["entities"]
-    numbers = sentence_numbers(graph["text"].split())
     kinds = {key: RADGRAPH_LABELS.get(entity["label"].replace("::measurement", ""))  # only in XL
              for key, entity in raw.items()}
-    entities = {}
+    numbers, entities = sentence_numbers(graph["text"].split()), {}
     for key in sorted(raw, key=int):  # as strings "10" would come before "2"
-        words = raw[key]["tokens"].lower()
-        # XL's spans hold several words; the landmark table wants them apart, unless the whole span
-        # is a landmark ("cavoatrial junction")
-        if "::" in raw[key]["label"] and landmark(words) == "other":
+        words, relations = raw[key]["tokens"].lower(), raw[key]["relations"]
+        # an anatomy of XL holds several words; the landmark table wants them apart, unless the
+        # whole of it is a landmark ("cavoatrial junction")
+        if raw[key]["label"].startswith("Anatomy::") and landmark(words) == "other":
             words = words.replace(" ", "|")
-        relations = [r for r in raw[key]["relations"] if kinds.get(r[1]) is not None]
         if kinds[key] is not None:
+            relations = [(name, to) for name, to in relations if kinds.get(to) is not None]
             entities[key] = Entity(kinds[key], words, numbers[raw[key]["start_ix"]], relations)
     return entities
 
 
-def anatomy_landmarks(entities):
-    """{id: [landmarks]} of the anatomies that an observation can point at.
+def places_of(entities, key):
+    """The landmarks that anatomy `key` leads to.
 
     The head of an anatomy has no relations of its own. Its name is its word with those that modify
     it: lobe <- left, lower gives "lobe|left|lower". The modifiers lead to the same landmark.
     """
-    found = collections.defaultdict(list)
-    anatomies = {key: e for key, e in entities.items() if e.kind == "anatomy"}
-    for key, head in anatomies.items():
-        if head.relations:  # itself a modifier
-            continue
-        modifiers = [k for k, e in anatomies.items() if e.sentence == head.sentence
-                     and key in [target for _, target in e.relations]]  # one step, as published
-        name = landmark("|".join(anatomies[k].words for k in [key, *modifiers]))
-        for k in [key, *modifiers]:
-            found[k].append(name)
-    return found
+    near = {k: e for k, e in entities.items()
+            if e.kind == "anatomy" and e.sentence == entities[key].sentence}
+    names = []
+    for head in [key] + [target for _, target in entities[key].relations]:
+        if head in near and not near[head].relations:
+            modifiers = [e.words for e in near.values()  # one step, as published
+                         if head in [target for _, target in e.relations]]
+            names.append(landmark("|".join([near[head].words, *modifiers])))
+    return names
 
 
 def radgraph_triplets(graph, buckets=True):
@@ -181,16 +168,17 @@ def radgraph_triplets(graph, buckets=True):
     any relation it is `unspecified`; with other relations only it is dropped, as published.
     Without buckets a rare concept keeps its word, and words of change and size are left out.
     """
-    entities = read_entities(graph)
-    landmarks, triplets = anatomy_landmarks(entities), []
+    entities, triplets = read_entities(graph), []
     for entity in entities.values():
-        concept = lemma(entity.words.replace("|", " "))
-        if entity.kind == "anatomy" or (not buckets and bucket(concept) == "excluded_obs"):
+        concept = lemma(entity.words)
+        if entity.kind == "anatomy" or (concept == "excluded_obs" and not buckets):
             continue
         names = [] if entity.relations else ["unspecified"]  # a row of the published matrix
-        for relation, target in entity.relations:  # the others: modify, suggestive_of
-            if relation == "located_at" and entities[target].sentence == entity.sentence:
-                names += landmarks[target]
+        for relation, key in entity.relations:  # the others: modify, suggestive_of
+            target = entities[key]
+            if (relation == "located_at" and target.kind == "anatomy"
+                    and target.sentence == entity.sentence):
+                names += places_of(entities, key)
         concept = bucket(concept) if buckets else concept
         triplets += [Triplet(concept, name, entity.kind) for name in names]
     return triplets
@@ -200,16 +188,13 @@ def read_radgraph(path, chunk=1 << 22):
     """Yield (key, graph) of a RadGraph file, one report at a time.
 
     MIMIC-CXR_graphs.json is one object of 220,763 reports. Read in pieces of `chunk` characters it
-    is never in memory as a whole. What is no RadGraph file fails, here or in radgraph_triplets;
-    formats/triplets.py tells the user.
+    is never in memory as a whole.
     """
-    decoder = json.JSONDecoder()
+    decoder, text = json.JSONDecoder(), ""
     opening = re.compile(r'[\s,{]*("(?:[^"\\]|\\.)*")\s*:\s*')  # the key of the next report
-    text = ""
     with open(path, encoding="utf-8") as file:
         while piece := file.read(chunk):
-            text += piece
-            position = 0
+            text, position = text + piece, 0
             while key := opening.match(text, position):
                 try:
                     graph, position = decoder.raw_decode(text, key.end())
@@ -227,8 +212,7 @@ def existence_matrix(triplets, pathologies, anatomies, blank=-1):
     """int8 [n,m] of one report: 1 present, 0 denied, `blank` not mentioned (Sec. II-A).
 
     Where triplets disagree 1 outranks 0, in any order. Doubt counts as not mentioned. A name
-    outside the lists goes to tail_abnorm_obs or other where the lists have them, else it is
-    dropped. This is the matrix that training learns from and walk.py shows.
+    outside the lists goes to tail_abnorm_obs or other, if the lists have these.
     """
     column = {name: j for j, name in enumerate(pathologies)}
     row = {name: i for i, name in enumerate(anatomies)}
@@ -241,6 +225,11 @@ def existence_matrix(triplets, pathologies, anatomies, blank=-1):
     return matrix
 
 
+def most_frequent(counts, k):
+    """The k names that count most; ties by the alphabet, so the order of reports is no matter."""
+    return sorted(counts, key=lambda name: (-counts[name], name))[:k]
+
+
 def top_queries(triplets, m, n):
     """The m pathologies and n anatomies with most definite mentions, as lists (Sec. II-A)."""
     pathologies, anatomies = collections.Counter(), collections.Counter()
@@ -248,10 +237,7 @@ def top_queries(triplets, m, n):
         if t.existence >= 0:  # present or denied
             pathologies[t.pathology] += 1
             anatomies[t.anatomy] += 1
-
-    def most(counts, k):  # ties by the alphabet, so that the order of reports does not matter
-        return sorted(counts, key=lambda name: (-counts[name], name))[:k]
-    return most(pathologies, m), most(anatomies, n)
+    return most_frequent(pathologies, m), most_frequent(anatomies, n)
 
 
 # ------------------------------------------------------------------------------ prompts and vectors
@@ -259,25 +245,19 @@ def top_queries(triplets, m, n):
 def read_pathology_book(path):
     """The published `observation explanation.json` as {name: sentence} over PATHOLOGIES."""
     try:
-        sentences = list(json.loads(Path(path).read_text("utf-8")).values())
+        sentences = json.loads(Path(path).read_text("utf-8")).values()
+        return dict(zip(PATHOLOGIES, sentences, strict=True))  # by position: key 20 is "eumonia"
     except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is not a readable prompt book ({error})") from None
-    if len(sentences) != len(PATHOLOGIES):
-        raise InputError(f"{path} is not the published prompt book: it should be a JSON object of "
-                         f"{len(PATHOLOGIES)} name: sentence pairs, and has {len(sentences)}")
-    return dict(zip(PATHOLOGIES, sentences))  # by position: its key 20 is "eumonia"
+        raise InputError(f"{path} is not the published prompt book, a JSON object of "
+                         f"{len(PATHOLOGIES)} name: sentence pairs ({error})") from None
 
 
 def pathology_prompts(names, book=None):
     """One prompt per name: our definition, or that of `book`, a file; else by a template."""
     definitions = read_pathology_book(book) if book else DEFINITIONS
-    prompts = []
-    for name in names:
-        if name not in definitions:
-            warnings.warn(f"{name} has no definition; a template is used")
-        template = f"{name.replace('_', ' ').capitalize()} is seen on the radiograph."
-        prompts.append(definitions.get(name, template))
-    return prompts
+    template = "{} is seen on the radiograph."
+    return [definitions.get(name, template.format(name.replace("_", " ").capitalize()))
+            for name in names]
 
 
 def anatomy_prompts(names, published=False):
@@ -323,12 +303,9 @@ def load_bert(name):
                          "downloaded model, or --text-encoder hashing") from None
 
 
-# ----------------------------------------------------------------------------------- the command
-
 def parse_args(argv=None):
     parser = Parser(description="The triplets of a report, read by the rules of reports.py.")
-    parser.add_argument("--report", metavar="FILE", required=True,
-                        help="a text file; - is standard input")
+    parser.add_argument("--report", required=True, help="a text file; - is standard input")
     return parser.parse_args(argv)
 
 
@@ -344,7 +321,6 @@ def main(args):
         raise InputError(f"{path}: no finding was recognised; findings are read from the sections "
                          "FINDINGS and IMPRESSION, or from plain sentences without any header")
     state = {1: "present", 0: "denied", -1: "in doubt"}
-    print(f"{'':9s} {'pathology':18s} {'anatomy':20s} sentence")
     for t in triplets:
         print(f"{state[t.existence]:9s} {t.pathology:18s} {t.anatomy:20s} {t.sentence}")
 

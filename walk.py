@@ -13,7 +13,7 @@ import torch
 
 import figures
 import phantom
-from cli import InputError, Parser, number, run
+from cli import Parser, atomic, number, run
 from data import to_input
 from formats.images import read_image
 from losses import image_labels, medslip_loss
@@ -31,7 +31,8 @@ def parse_args(argv=None):
 
 
 def show(name, value, meaning):
-    print(f"  {name:<11} {','.join(str(size) for size in value.shape):<10} {meaning}")
+    shape = ",".join(str(size) for size in value.shape)
+    print(f"  {name:<11} {shape:<10} {meaning}")
 
 
 def read_report(report):
@@ -47,33 +48,20 @@ def read_report(report):
     return y
 
 
-def encode_prompts():
-    """The frozen text vectors of both query sets: [m,T], [n,T]."""
-    p_prompts, a_prompts = pathology_prompts(PATHOLOGIES), anatomy_prompts(ANATOMIES)
-    p_text, a_text = encode_text(p_prompts, "hashing"), encode_text(a_prompts, "hashing")
-    show("E_T(p)", p_text, f"m,T: one frozen vector per prompt, such as {p_prompts[8][:30]!r} ...")
-    show("E_T(a)", a_text, f"n,T: one frozen vector per prompt, such as {a_prompts[4]!r}")
-    return p_text, a_text
-
-
-def encode_image(model, image):
-    """What happens within model(...) up to Eq. 1, step by step."""
+def ask(model, image, p_text, a_text):
+    """What happens within model(...): step by step up to Eq. 1, then its output field by field."""
     print("image (Sec. II-B.1): model.py")
     first, stride = model.cell_centres()
     features = model.backbone(image)                                            # [B,C,h,w]
-    show("image", image, "B,3,H,W: ImageNet's mean and deviation taken out")
-    show("E_I(image)", features, f"B,C,h,w: one cell every {stride} pixels, the first at {first}")
     h, w = features.shape[-2:]
     raw = features.flatten(2).transpose(1, 2) + position_embedding(h, w, features.shape[1])
+    x_p, x_a = model.disentangle(raw)                                           # [B,h*w,C] each
+    show("image", image, "B,3,H,W: ImageNet's mean and deviation taken out")
+    show("E_I(image)", features, f"B,C,h,w: one cell every {stride} pixels, the first at {first}")
     show("I^raw", raw, "B,h*w,C: one token per cell, its position embedding added")
     show("M", model.mask(raw).sigmoid(), "sigmoid(Linear(I^raw)), in 0..1")
-    x_p, x_a = model.disentangle(raw)
     show("I^p", x_p, "M * I^raw (Eq. 1)")
     show("I^a", x_a, "(1 - M) * I^raw (Eq. 1)")
-
-
-def ask(model, image, p_text, a_text):
-    """The output of the whole network, field by field (Sec. II-B.2)."""
     out = model(image, p_text, a_text, need_attention=True)
     for s, stream, vectors in (("p", "pathology", p_text), ("a", "anatomy", a_text)):
         print(f"{stream} stream (Sec. II-B.2)")
@@ -90,7 +78,7 @@ def ask(model, image, p_text, a_text):
 def sum_losses(out, y, p_text, a_text):
     """Eqs. 2-7. What the report does not mention counts as denied, as in the paper."""
     print("losses (Eq. 2 and Sec. II-B.3): losses.py")
-    y = y.masked_fill(y == -1, 0)
+    y = y.clamp(min=0)
     present = (y == 1).float()                                                  # [B,n,m]
     y_p, y_a = image_labels(y)
     places = present.transpose(1, 2) @ a_text / present.sum(1).clamp(min=1)[..., None]
@@ -105,32 +93,31 @@ def sum_losses(out, y, p_text, a_text):
             ("L_Exist", "existence", "BCE(y_hat^p, y^p) + BCE(y_hat^a, y^a) (Eq. 2)"),
             ("L_ProtoCL", "protocl", "-log softmax of Z_2 . P among 7 Z_2 . T^-, p and a (Eq. 4)"),
             ("L_ICL", "icl", "BCE(S^a,p, y) (Eq. 6)"),
-            ("L", "loss", "L_Exist + L_ProtoCL + L_ICL (Eq. 7 at alpha = beta = 1)")):
+            ("L", "loss", "their sum (Eq. 7 at alpha = beta = 1)")):
         print(f"  {name:<11} {loss[key]:<10.4f} {meaning}")
 
 
 @torch.no_grad()
 def main(args):
     out_dir = Path(args.out_dir).absolute()
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make --out-dir {out_dir} ({error.strerror})") from None
     film = phantom.plan(1, args.seed, size=64, places=0.27, world="easy")[0]
     film.image, film.report = str(out_dir / "walk.jpg"), str(out_dir / "walk.txt")
     film.keep_masks = True  # for the picture
-    phantom.make_and_save(film)
-    pixels = read_image(film.image, 64)                                         # [64,64]
-    y = read_report(Path(film.report).read_text())                              # [1,n,m]
-    p_text, a_text = encode_prompts()
+    with atomic(out_dir / "walk.png") as picture:  # makes the folder, too
+        phantom.make_and_save(film)
+        pixels = read_image(film.image, 64)                                     # [64,64]
+        y = read_report(Path(film.report).read_text())                          # [1,n,m]
+        figures.draw_walk(picture, pixels, film.findings, y[0].numpy(), PATHOLOGIES, ANATOMIES)
+    p_text = encode_text(pathology_prompts(PATHOLOGIES), "hashing")             # [m,T]
+    a_text = encode_text(anatomy_prompts(ANATOMIES), "hashing")                 # [n,T]
+    show("E_T(p)", p_text, "m,T: one frozen vector per definition of a pathology")
+    show("E_T(a)", a_text, "n,T: one per place, such as 'It is located at the left hilum.'")
     torch.manual_seed(args.seed)
     model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=96, layers=2, position=True,
                                   existence="evidence")).eval()
     image = to_input(torch.tensor(pixels)[None], 64)                            # [1,3,64,64]
-    encode_image(model, image)
-    sum_losses(ask(model, image, p_text, a_text), y, p_text, a_text)
-    figures.draw_walk(out_dir / "walk.png", pixels, film.findings, y[0].numpy(), PATHOLOGIES,
-                      ANATOMIES)
+    out = ask(model, image, p_text, a_text)
+    sum_losses(out, y, p_text, a_text)
     print(f"the film, its findings and its matrix: {out_dir / 'walk.png'}")
 
 

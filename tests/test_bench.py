@@ -3,20 +3,20 @@ import pytest
 import torch
 
 import bench
+from losses import proto_loss
 
 
 def test_loops_and_matrices_agree():
     torch.manual_seed(0)
-    existence = torch.randint(-1, 1, (3, 9, 14)).masked_fill(torch.rand(3, 9, 14) < 0.2, 1)
+    existence = torch.randint(-1, 1, (3, 14, 9)).masked_fill(torch.rand(3, 14, 9) < 0.2, 1)
     existence[0] = -1  # an image of which nothing is known
-    streams = bench.random_streams(torch.randn(14, 24), torch.randn(9, 24), existence, count=3)
-    relation = torch.randn(3, 9, 14, requires_grad=True)
-    inputs, results = [relation, *(stream[0] for stream in streams)], []
-    for loss in (bench.our_losses, bench.published_losses):
-        value = loss(streams, relation, existence)
-        results.append([value, *torch.autograd.grad(value, inputs)])
-    for ours, theirs in zip(*results):  # the losses, then their gradients
-        assert torch.allclose(ours, theirs, atol=1e-5)
+    z, text = torch.randn(3, 14, 24, requires_grad=True), torch.randn(9, 24)
+    negatives = torch.rand(3, 14, 9).masked_fill(existence == 1, -1).topk(3).indices
+    ours, loops = (loss(z, text, existence, negative_index=negatives)
+                   for loss in (proto_loss, bench.loop_proto_loss))
+    assert torch.allclose(ours, loops, atol=1e-5)
+    gradients = [torch.autograd.grad(loss, z)[0] for loss in (ours, loops)]
+    assert torch.allclose(*gradients, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", ["floor", "bf16", "loop", "data"])

@@ -1,7 +1,4 @@
-"""Cases of landmarks, RadGraph's triplets, the matrix and prompts that a pencil can check.
-
-    python -m pytest tests/test_text.py
-"""
+"""Cases of landmarks, RadGraph's triplets, the matrix and prompts that a pencil can check."""
 import json
 from pathlib import Path
 
@@ -32,9 +29,6 @@ GRAPHS = [  # word/label/relation>word of a report; the cells of its matrix that
      "effusion/+/located_at>pleural . Heart/a size/a/modify>Heart is normal/+/located_at>Heart .",
      ["lower_left_lobe consolidation 0", "right_pleural effusion 1", "heart_size normal 1"]),
     ("Low/+/located_at>volumes lung/a/modify>volumes volumes/a .", ["lung_volumes low 1"]),
-    ("Left/a/modify>lobe lower/a/modify>lobe lobe/a "
-     "opacity/+/located_at>lobe/suggestive_of>pneumonia suggestive of pneumonia/? .",
-     ["lower_left_lobe opacity 1"]),
     ("Bibasilar/a atelectasis/+/located_at>Bibasilar .", ["lung_bases atelectasis 1"]),
     ("No pleural/a effusion/-/located_at>pleural or pneumothorax/- .",
      ["pleural_unspec effusion 0", "unspecified pneumothorax 0"]),
@@ -104,8 +98,7 @@ def test_matrix_and_queries():
 def test_prompts(tmp_path):
     assert text.anatomy_prompts(["left_hilar"]) == ["It is located at the left hilum."]
     assert text.anatomy_prompts(["left_hilar"], published=True) == ["It is located at left_hilar. "]
-    with pytest.warns(UserWarning, match="covid"):
-        assert "Covid" in text.pathology_prompts(["covid"])[0]
+    assert text.pathology_prompts(["flail_chest"]) == ["Flail chest is seen on the radiograph."]
     path = tmp_path / "book.json"  # its names are not used: the published one has "eumonia"
     path.write_text(json.dumps({f"{i}": f"It is {name}." for i, name in enumerate(PATHOLOGIES)}))
     assert text.pathology_prompts(["pneumonia"], path) == ["It is pneumonia."]
