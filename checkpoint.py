@@ -11,10 +11,12 @@ import re
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import text
 from cli import InputError
+from data import to_input
 from model import MeDSLIP, MeDSLIPConfig
 
 # Tensors that are left out: step counters of batch norm (its momentum is fixed), position indices
@@ -197,3 +199,22 @@ def questions(model, labels, prompt=None, encoder=None):
                          f"takes, {model.config.text_dim}; use the encoder it was trained with")
     device = model.text_projection.weight.device
     return [torch.cat([stored[0], *new]).to(device), stored[1].to(device)], columns, unseen
+
+
+def has_icl(model):
+    """Whether a model was trained to relate pathologies with anatomies."""
+    return model.config.streams == "dual" and model.args.get("beta", 1) > 0
+
+
+def ask(args, model, images, rows, texts, pick):
+    """{name: array} of what `pick` takes out of the model's output as {name: tensor}, for rows of
+    images uint8 [N,S,S]. In fp32: with bf16 the answers would depend on the batch size."""
+    parts = []
+    for start in range(0, len(rows), args.batch_size):
+        batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(args.device)
+        with torch.inference_mode():
+            x = to_input(batch, args.image_size)                           # [B,3,H,W]
+            picked = pick(model(x, *texts, need_attention=True))
+        # to the CPU at once: memory of one batch at a time
+        parts.append({name: tensor.cpu().numpy() for name, tensor in picked.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -64,10 +64,9 @@ class Table:
         self.names, self.start = reports["names"].tolist(), reports["start"]    # start [N+1]
         self.flat, self.reports_read = reports["cells"], reports["read"]        # [cells,3], [N]
         self.has_report = self.reports_read == 1  # 0: no definite triplet in it; -1: no report
-        self.has_reports = bool(self.has_report.any())
         self.hidden = set()  # left out, also of the bucket of rare findings: train.py --hold-out
         self.label_names, self.labels = list(names), settle_labels(items, names, uncertain)
-        if not names and self.has_reports:  # ROCOv2 has captions only
+        if not names and self.has_report.any():  # ROCOv2 has captions only
             self.label_from_reports()
         self.label_pathologies = [PATHOLOGY.get(name) for name in self.label_names]
 
@@ -97,6 +96,16 @@ class Table:
         truth[:, [name not in drawn for name in anatomies]] = -1
         truth[:, :, [name not in drawn for name in pathologies]] = -1
         return truth
+
+    def pairs(self, rows, pathologies, anatomies):
+        """(int8 [B,n,m], what it is): the pairs as drawn, else as the reports have them."""
+        truth = self.truth(rows, pathologies, anatomies)
+        if truth is not None:
+            return truth, "what was drawn"
+        if not self.has_report.any():
+            raise InputError(f"{self.dataset} has no reports, so no pairs; try synthetic or mimic")
+        stated = self.existence(rows, pathologies, anatomies)
+        return np.maximum(stated, 0), "the reports, not mentioned = absent"
 
     def label_from_reports(self):
         """Labels of a data set that has none: each pathology that at least ten test reports assert;
@@ -351,7 +360,7 @@ def print_receipt(table):
         print("DICOM     histogram-equalised")
     counts = [f"{split} {len(table.rows(split))}" for split in ("train", "validate", "test")]
     print(f"splits    {', '.join(counts)} ({table.split_source})")
-    if table.has_reports:
+    if table.has_report.any():
         read = table.reports_read[rows]
         values = np.concatenate([table.flat[table.start[i]:table.start[i + 1], 2] for i in rows])
         print(f"reports   {(read == 1).sum()} with triplets, {(read == 0).sum()} without, "

@@ -1,4 +1,4 @@
-"""Do two streams keep apart what a film shows and where? Measures as functions of arrays.
+"""Do two streams keep apart what a film shows and where? Measures, and the task that prints them.
 
     python evaluate.py --task embedding             # prints and draws all of them
     python -m pytest tests/test_disentangle.py      # each of them on cases that a pencil can check
@@ -6,15 +6,22 @@
 The paper shows three pictures (Figs. 5, 6, 8). Here are what a picture cannot show: probes, CKA,
 the swap test and counterfactual films. N films, L labels, n anatomies, m pathologies, P pairs.
 """
+import copy
+
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import silhouette_score
 from sklearn.model_selection import GroupKFold, cross_val_score
 
+import figures
+from checkpoint import ask, has_icl, questions
+from cli import InputError, print_table
 from formats.chest import LUNG_ZONES, PATCHES, draw_film
 from formats.chest import stream as random_numbers
 from metrics import classification_scores, mean_or_none
+from model import MeDSLIP
+
 
 def stages_of(out):
     """{stage: [B,D], or [B,q,D] of the queries} of a model's output; features and tokens are means
@@ -151,3 +158,47 @@ def moved(x):
     what = float(np.linalg.norm(what - film, axis=1).mean() / unit)
     where = float(np.linalg.norm(where - film, axis=1).mean() / unit)
     return {"what": what, "where": where, "what / where": what / where if where else None}
+
+
+def embedding(args, model, table, rows):
+    """The task of evaluate.py: all measures of a model, of the same network untrained, and of the
+    model with M = 0.5. Returns metrics, arrays of each film, a function that draws a file."""
+    names = dict(zip(table.label_names, table.label_pathologies))
+    if len(rows) < 20 or len(names) < 2:
+        raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
+    rows = np.random.default_rng(args.seed).permutation(rows)[:1000]  # t-SNE of more takes minutes
+    labels, patients = table.labels[rows], np.array(table.patients)[rows]       # [N,L], [N]
+    texts, columns, _ = questions(model, names, args.prompt, args.text_encoder)
+    asked = {name: columns[name] for name in names}  # in the order of the labels
+    queries, pairs = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")], None
+    if table.has_report.any():
+        pairs, _ = table.pairs(rows, *queries)                                  # [N,n,m]
+    torch.manual_seed(args.seed)  # of the untrained weights
+    untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
+    untrained.start_from(torch.cat(texts), 0.1, 0.1)  # as a training begins
+    networks = {"trained": model, "untrained": untrained}
+    if hasattr(model, "mask"):  # and each stream given half of I^raw: what is apart without a mask
+        networks["M = 0.5"] = copy.deepcopy(model)
+        networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
+    result, clouds = {"n": len(rows)}, {}
+    for title, network in networks.items():
+        stages = ask(args, network, table.images, rows, texts, stages_of)
+        tests = separation(stages, asked, labels, pairs, args.seed, patients)
+        if has_icl(model) and pairs is not None:
+            tests["swap"] = swap_shares(network.relate, stages, pairs, args.seed, args.device)
+        if hasattr(model, "mask"):
+            cells = ask(args, network, table.images, rows[:100], texts, lambda out: {
+                "raw": out.raw_features, "masked": out.pathology_features})     # [100,h*w,C] each
+            tests["mask"] = {"M": mask_values(**cells)}
+        if args.dataset == "synthetic":
+            films = counterfactual_films(table.size)
+            drawn = ask(args, network, films, np.arange(len(films)), texts, stages_of)
+            tests["counterfactual"] = {s: moved(x) for s, x in drawn.items()}
+        result[title], clouds[title] = tests, clouds_of(stages, asked)
+        if network is model:
+            arrays = {stage: x for stage, x in stages.items() if x.ndim == 2}   # [N,D]
+    for test, lines in result["trained"].items():
+        for title in networks:
+            print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
+    arrays["ids"] = np.array(table.ids)[rows]
+    return result, arrays, lambda path: figures.draw_embedding(path, clouds, asked, labels, result)

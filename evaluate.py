@@ -13,9 +13,8 @@ Differs from the released code:
   untrained text projection. Prompts are not cut at 64 tokens.
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
-- Embeddings stand beside an untrained network's: what both show, training did not make.
+- --task embedding is in disentangle.py.
 """
-import copy
 import json
 from collections import namedtuple
 from pathlib import Path
@@ -25,14 +24,13 @@ import torch
 from torchvision.transforms.v2.functional import gaussian_blur
 
 import data
-import disentangle
 import figures
 import metrics
-from checkpoint import give_queries, load_model, questions
+from checkpoint import ask, give_queries, has_icl, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
+from disentangle import embedding
 from formats import covidx
 from formats.images import read_image, trouble
-from model import MeDSLIP
 from text import swap_sides
 
 
@@ -71,29 +69,11 @@ def parse_args(argv=None):
     return args
 
 
-def ask(args, model, images, rows, texts, pick):
-    """{name: array} of what `pick` takes out of the model's output as {name: tensor}, for rows of
-    images uint8 [N,S,S]. In fp32: with bf16 the answers would depend on the batch size."""
-    parts = []
-    for start in range(0, len(rows), args.batch_size):
-        batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(args.device)
-        with torch.inference_mode():
-            x = data.to_input(batch, args.image_size)                           # [B,3,H,W]
-            picked = pick(model(x, *texts, need_attention=True))
-        # to the CPU at once: memory of one batch at a time
-        parts.append({name: tensor.cpu().numpy() for name, tensor in picked.items()})
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
 def maps_of(args, out):
     """[B,m,h,w] by --attention: the model's evidence, or the paper's mean attention."""
     if args.attention == "own" and out.pathology_evidence is not None:
         return out.pathology_evidence.double()
     return out.pathology_attention.double()
-
-
-def has_icl(model):
-    return model.config.streams == "dual" and model.args.get("beta", 1) > 0
 
 
 def pairs_of(model, out, anatomy_text):
@@ -235,22 +215,10 @@ def faithfulness(args, model, found, texts, columns):
     return {k: dict(zip(("map", "random", "mask"), mean)) for k, mean in means.items()}
 
 
-def pair_truth(args, model, table, rows):
-    """(names of pathologies and anatomies, int8 [N,n,m], what it is): the pairs as drawn, or as
-    the reports have them."""
-    names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
-    truth = table.truth(rows, *names)
-    if truth is not None:
-        return names, truth, "what was drawn"
-    if not table.has_reports:
-        raise InputError(f"{args.dataset} has no reports, so no pairs; try synthetic or mimic")
-    truth = np.maximum(table.existence(rows, *names), 0)  # -1, not mentioned, is absent
-    return names, truth, "the reports, not mentioned = absent"
-
-
 def relation(args, model, table, rows):
     """Which (anatomy, pathology) pairs does an image show, as drawn or as its report has them?"""
-    names, truth, source = pair_truth(args, model, table, rows)                 # [N,n,m]
+    names = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
+    truth, source = table.pairs(rows, *names)                                   # [N,n,m]
     texts, _, _ = questions(model, {}, args.prompt, args.text_encoder)
     said = ask(args, model, table.images, rows, texts, lambda out: pairs_of(model, out, texts[1]))
     train = table.rows("train")  # a trivial answer: how often each cell is positive in its reports
@@ -277,47 +245,6 @@ def relation(args, model, table, rows):
               "anatomies": names[1], "scores": said["pairs"].astype(np.float32)}
     return result, arrays, lambda path: figures.draw_relation(
         path, (truth == 1).mean(0), said["pairs"].mean(0), *names)
-
-
-def embedding(args, model, table, rows):
-    """Do the streams keep apart what and where (Figs. 5, 6, 8)? See disentangle.py."""
-    names = dict(zip(table.label_names, table.label_pathologies))
-    if len(rows) < 20 or len(names) < 2:
-        raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
-    rows = np.random.default_rng(args.seed).permutation(rows)[:1000]  # t-SNE of more takes minutes
-    labels, patients = table.labels[rows], np.array(table.patients)[rows]       # [N,L], [N]
-    texts, columns, _ = questions(model, names, args.prompt, args.text_encoder)
-    asked = {name: columns[name] for name in names}  # in the order of the labels
-    pairs = pair_truth(args, model, table, rows)[1] if table.has_reports else None  # [N,n,m]
-    torch.manual_seed(args.seed)  # of the untrained weights
-    untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
-    untrained.start_from(torch.cat(texts), 0.1, 0.1)  # as a training begins
-    networks = {"trained": model, "untrained": untrained}
-    if hasattr(model, "mask"):  # and each stream given half of I^raw: what is apart without a mask
-        networks["M = 0.5"] = copy.deepcopy(model)
-        networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
-    result, seen = {"n": len(rows)}, {}
-    for title, network in networks.items():
-        stages = ask(args, network, table.images, rows, texts, disentangle.stages_of)
-        tests = disentangle.separation(stages, asked, labels, pairs, args.seed, patients)
-        if has_icl(model) and pairs is not None:
-            tests["swap"] = disentangle.swap_shares(
-                network.relate, stages, pairs, args.seed, args.device)
-        if hasattr(model, "mask"):
-            cells = ask(args, network, table.images, rows[:100], texts, lambda out: {
-                "raw": out.raw_features, "masked": out.pathology_features})     # [100,h*w,C] each
-            tests["mask"] = {"M": disentangle.mask_values(**cells)}
-        if args.dataset == "synthetic":
-            films = disentangle.counterfactual_films(table.size)
-            drawn = ask(args, network, films, np.arange(len(films)), texts, disentangle.stages_of)
-            tests["counterfactual"] = {s: disentangle.moved(x) for s, x in drawn.items()}
-        result[title], seen[title] = tests, stages
-    for test, lines in result["trained"].items():
-        for title in networks:
-            print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
-    arrays = {stage: x for stage, x in seen["trained"].items() if x.ndim == 2}  # [N,D]
-    arrays["ids"] = np.array(table.ids)[rows]
-    return result, arrays, lambda path: figures.draw_embedding(path, seen, asked, labels, result)
 
 
 def predict(args, model):

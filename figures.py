@@ -13,8 +13,6 @@ import numpy as np
 from sklearn.manifold import TSNE
 from sklearn.metrics import roc_curve
 
-from disentangle import clouds_of
-
 plt.switch_backend("Agg")  # draws into files, also where there is no screen
 BLUE, GRAY = "#2b6cb0", "#b8c2cc"
 COLOURS = plt.get_cmap("tab20")
@@ -147,13 +145,13 @@ def show_bars(axis, bars, keys, low, title):
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
 
 
-def draw_embedding(path, seen, asked, labels, result):
-    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. seen: {network:
-    stages}; asked: {label: its query}; labels [N,L]; result: as evaluate.py writes it."""
+def draw_embedding(path, clouds, asked, labels, result):
+    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. clouds: {network:
+    disentangle.clouds_of it}; asked: {label: its query}; labels [N,L]; result: as written."""
     figure, axes = canvas(2, 5, 27, 9)
     for row, title in zip(axes, ("trained", "untrained")):
         flat, groups = {}, {}
-        for name, (points, group) in clouds_of(seen[title], asked).items():
+        for name, (points, group) in clouds[title].items():
             tsne = TSNE(perplexity=min(30, len(points) / 4), random_state=0)
             flat[name], groups[name] = tsne.fit_transform(points), group
         query = groups["queries"]
