@@ -118,7 +118,6 @@ def main(args):
         raise InputError(f"cannot make --out-dir {out_dir} ({error.strerror})") from None
     film = phantom.plan(1, args.seed, size=64, places=0.27, world="easy")[0]
     film.image, film.report = str(out_dir / "walk.jpg"), str(out_dir / "walk.txt")
-    film.keep_masks = True  # for the picture
     phantom.make_and_save(film)
     pixels = read_image(film.image, 64)                                         # [64,64]
     y = read_report(Path(film.report).read_text())                              # [1,n,m]
