@@ -79,11 +79,12 @@ def test_held_out_findings_are_in_test_films_only():
 
 
 def test_trivial_answers_point_wrong():
+    """Neither the brightest point nor a point that is fixed for each pathology."""
     bright, masks_of = [], collections.defaultdict(list)
-    for _, image, masks in drawn(600, "easy"):
-        for pathology in {name for name, _ in masks}:
-            mask = np.any([masks[finding] for finding in masks if finding[0] == pathology], axis=0)
-            masks_of[pathology].append(mask)
+    for film, image, masks in drawn(600, "easy"):
+        for name in film.pathologies:
+            mask = np.any([masks[finding] for finding in masks if finding[0] == name], axis=0)
+            masks_of[name].append(mask)
             bright.append(mask.flat[image.argmax()])
     fixed = [np.mean(found[1::2], axis=0).flat[np.mean(found[::2], axis=0).argmax()]
              for found in masks_of.values()]
