@@ -39,27 +39,27 @@ def read_labels(root, labels, problems):
 
 
 def read(root, views, labels, problems):
-    masks, truth = collections.defaultdict(list), collections.defaultdict(list)
+    boxes = collections.defaultdict(list)
     for row in csv_rows(root, "boxes.csv"):
-        name, pathology, place = row["dicom_id"], row["pathology"], int(row["finding"])
-        masks[name].append(Mask(pathology, "bit", f"masks/{name}.png", place))
-        truth[name].append((pathology, row["anatomy"]))
+        boxes[row["dicom_id"]].append(row)
     view_of = {row["dicom_id"]: row["ViewPosition"]
                for row in csv_rows(root, "mimic-cxr-2.0.0-metadata.csv")}
     values = read_labels(root, labels, problems)
     above = "mimic-cxr-reports/" if Path(root, "mimic-cxr-reports").is_dir() else ""
     for row in csv_rows(root, *FILES):
         name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
-        folder = f"files/p{patient[:2]}/p{patient}/s{study}"
+        folder, bits = f"files/p{patient[:2]}/p{patient}/s{study}", f"masks/{name}.png"
         with skip_if_bad(problems, f"split.csv: {name}"):
             frontal = view_of[name] in ("PA", "AP")
             if not study or row["split"] not in ("train", "validate", "test"):
                 raise ValueError(f"split {row['split']!r}")
+            drawn = boxes.get(name, ())
+            truth = tuple((box["pathology"], box["anatomy"]) for box in drawn)
+            masks = [Mask(box["pathology"], "bit", bits, int(box["finding"])) for box in drawn]
             if views == "all" or frontal:
                 yield Item(name, f"{folder}/{name}.jpg", patient, row["split"],
                            values.get(study, (UNKNOWN,) * len(LABELS)), f"{above}{folder}.txt",
-                           masks=tuple(masks.get(name, ())) if masks else None,
-                           truth=tuple(truth.get(name, ())))
+                           masks=tuple(masks) if boxes else None, truth=truth)
 
 
 def write(root, films, draw):

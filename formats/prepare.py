@@ -28,8 +28,8 @@ def in_workers(function, items, workers, title):
     try:
         yield from tqdm(results, title, disable=few or None)
     except RuntimeError as error:
-        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); what was finished "
-                         "is kept: run again with fewer --workers") from None
+        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); did memory run out? "
+                         "Run again with fewer --workers") from None
 
 
 def decode(root, size, equalize, item):

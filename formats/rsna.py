@@ -26,7 +26,7 @@ LABELS = ["Pneumonia"]
 
 def read(root, views, labels, problems):
     paths, boxes = paths_by_stem(root), collections.defaultdict(list)
-    patients, stems, tests = {}, {}, set()  # NIH's patient and the site's file stem of a patientId
+    patients, stems, tests = {}, {}, set()  # NIH's patients and the site's file stems by patientId
     mapping = find(root, "pneumonia-challenge-dataset-mappings_2018.json")
     for row in json.loads(mapping.read_text("utf-8")) if mapping else []:
         patients[row["subset_img_id"]] = row["img_id"].split("_")[0]

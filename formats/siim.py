@@ -32,8 +32,8 @@ def rle_mask(rle):
 
 
 def read(root, views, labels, problems):
-    paths, splits = paths_by_stem(root), {}
-    rles, files = collections.defaultdict(list), {}  # ImageId: its RLEs; its mask in the re-pack
+    paths, rles = paths_by_stem(root), collections.defaultdict(list)
+    splits, packed_masks = {}, {}  # of the re-pack, by ImageId like rles
     for row in csv_rows(root, "stage_2_train.csv", "*train-rle.csv"):
         found = rles[row["ImageId"]]
         if row["EncodedPixels"] != "-1":
@@ -44,13 +44,12 @@ def read(root, views, labels, problems):
             splits[name] = part
             paths.setdefault(name, f"png_images/{file}")
             if row["has_pneumo"] == "1":
-                files[name] = Mask(LABELS[0], "file", f"png_masks/{file}")
+                packed_masks[name] = [Mask(LABELS[0], "file", f"png_masks/{file}")]
     for name in rles | splits:
         with skip_if_bad(problems, f"mask of {name}"):
+            masks = packed_masks.get(name, [])
             if name in rles:
                 masks = [rle_mask(rle) for rle in rles[name]]
-            else:
-                masks = [files[name]] if name in files else []
             yield Item(name, paths.get(name, f"{name}.dcm"), name, splits.get(name, ""),
                        (int(bool(masks)),), masks=tuple(masks))
 
