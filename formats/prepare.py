@@ -21,12 +21,18 @@ from formats.triplets import triplet_source
 TO_DO, READY, UNUSABLE = 0, 1, 2  # in state.npy
 
 
+def apply(function, items):
+    return [function(item) for item in items]
+
+
 def in_workers(function, items, workers, title):
     """Yields function(item) of every item, in order, computed by `workers` processes."""
     few = len(items) < 256  # starting processes would take longer
-    results = DataLoader(items, None, collate_fn=function, num_workers=0 if few else workers)
+    batches = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
+                         collate_fn=partial(apply, function))
     try:
-        yield from tqdm(results, title, disable=few or None)
+        for results in tqdm(batches, title, unit_scale=32, disable=few or None):
+            yield from results
     except RuntimeError as error:
         raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); did memory run out? "
                          "Run again with fewer --workers") from None
