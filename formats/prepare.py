@@ -34,8 +34,8 @@ def in_workers(function, items, workers, title):
         for results in tqdm(batches, title, unit_scale=32, disable=few or None):
             yield from results
     except RuntimeError as error:
-        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); did memory run out? "
-                         "Run again with fewer --workers") from None
+        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); if memory ran out, "
+                         "run again with fewer --workers") from None
 
 
 def decode(root, size, equalize, item):

@@ -1,5 +1,5 @@
-"""Where triplets come from: the rules on a report's text, RadGraph's JSON, the published matrix. Each
-`from_` function gives the triplets of an Item, None where it has no report.
+"""Where triplets come from: the rules on a report's text, RadGraph's JSON, the published matrix.
+Each `from_` function gives the triplets of an Item, None where it has no report.
 """
 import json
 import os

@@ -1,6 +1,6 @@
-"""Proves that label files are read as their publishers mean them: what `write` was given comes back;
-the other published variants (a few lines each) and the real label files give what is published; a
-row that cannot be used is counted and costs nothing else."""
+"""Proves that label files are read as their publishers mean them: what `write` was given comes
+back; the other published variants (a few lines each) and the real label files give what is
+published; a row that cannot be used is counted and costs nothing else."""
 import gzip
 import json
 import shutil
@@ -143,7 +143,7 @@ def test_rsna_published_test_images_are_the_test_split_in_every_layout(tmp_path,
         fill(tmp_path, {"pneumonia-challenge-dataset-mappings_2018.json": json.dumps([mapping]),
                         "mdai/1.2/1.4.dcm": "", "mdai/1.3/1.5.dcm": ""})
     if layout == "kaggle":
-        rows = ["a,256,512,64,128,1", "a,0.0,0.0,102.4,10.24,1", "b,,,,,0", "c,,,,,2", "d,x,1,1,1,1"]
+        rows = ["a,256,512,64,128,1", "a,0,0,102.4,10.24,1", "b,,,,,0", "c,,,,,2", "d,x,1,1,1,1"]
         rows += [f"{k},,,,,0" for k in range(40)]
         fill(tmp_path, {"stage_2_train_labels.csv":
                         "\n".join(["patientId,x,y,width,height,Target", *rows])})
