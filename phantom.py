@@ -12,18 +12,18 @@ import collections
 import math
 import os
 import textwrap
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
-from formats.chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
 from cli import InputError, Parser, cores, number, run
 from formats import write_text
+from formats.chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
 from formats.items import FORMATS
+from formats.prepare import in_workers
 from formats.rsna import save_dicom
 from text import swap_sides, vocabulary_rows
 
@@ -31,32 +31,42 @@ from text import swap_sides, vocabulary_rows
 class Finding(NamedTuple):
     pathology: str
     anatomy: str
-    box: tuple               # x, y, width, height in pixels of the film
-    mask: object = None      # bool [size,size], where Film.keep_masks
+    mask: object             # bool [size,size]
+
+    @property
+    def box(self):
+        """(x, y, width, height) in pixels, inside the film, no side below 6 of 64 pixels."""
+        left, top, right, bottom = Image.fromarray(self.mask).getbbox()
+        size, least = len(self.mask), math.ceil(len(self.mask) * 6 / 64)
+        width, height = max(right - left, least), max(bottom - top, least)
+        x, y = (left + right - width) // 2, (top + bottom - height) // 2
+        return min(max(x, 0), size - width), min(max(y, 0), size - height), width, height
 
 
 @dataclass
 class Film:
     seed: tuple              # the first fields are from plan()
-    world: str
-    places: float
     index: int
     patient: int
     visit: int
     split: str
-    age: int
     sex: str
     view: str
     size: int                # pixels a side
-    image: str = ""          # the next are set by write() of a format: a path, by its ending PNG,
-    report: str = None       # JPEG or DICOM; a path of the report,
-    bits: str = None         # of a PNG whose bit k is the mask of finding k,
-    lungs: str = None        # of a PNG of the lungs' mask
+    places: float
+    world: str
+    image: str = ""          # paths, set by write() of a format: PNG, JPEG or DICOM by the ending
+    report: str = ""
+    bits: str = ""           # a PNG whose bit k is the mask of finding k
+    lungs: str = ""          # a PNG
     sure: tuple = (None, 0)  # a pathology that comes first, at this rate
-    keep_masks: bool = False
-    findings: list = field(default_factory=list)    # the last are set by draw()
+    findings: list = field(default_factory=list)    # the last are set by make()
     mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
     sections: dict = field(default_factory=dict)    # {header: text} of the report
+
+    @property
+    def pathologies(self):
+        return {finding.pathology for finding in self.findings}
 
 
 def plan(count, seed, size, places, world):
@@ -65,10 +75,12 @@ def plan(count, seed, size, places, world):
     while len(films) < count:
         if patient % 10 == 0:
             splits = rng.sample(("train", "validate", "test"), 10, counts=WORLDS[world].splits)
-        age, sex = rng.randint(18, 90), rng.choice("MF")
+        rng.randint(18, 90)  # an age, of no use so far; without it all films would change
+        sex = rng.choice("MF")
         for visit in range(min(rng.randint(1, 3), count - len(films))):
-            films.append(Film((seed, len(films)), world, places, len(films), patient, visit,
-                              splits[patient % 10], age, sex, rng.choice(("PA", "AP")), size))
+            index, view = len(films), rng.choice(("PA", "AP"))
+            films.append(Film((seed, index), index, patient, visit, splits[patient % 10], sex, view,
+                              size, places, world))
         patient += 1
     return films
 
@@ -235,30 +247,19 @@ def lay_out(sections):
 
 # ------------------------------------------------------------------------------------------ films
 
-def bounding_box(mask):
-    """(x, y, width, height) in pixels, inside the film, no side below 6 of 64 pixels."""
-    left, top, right, bottom = Image.fromarray(mask).getbbox()
-    size, least = len(mask), math.ceil(len(mask) * 6 / 64)
-    width, height = max(right - left, least), max(bottom - top, least)
-    x, y = (left + right - width) // 2, (top + bottom - height) // 2
-    return min(max(x, 0), size - width), min(max(y, 0), size - height), width, height
-
-
 def make(film):
     """Choose a film's findings, draw it, dictate its report -> what draw_film gives."""
     image, masks, lungs = draw_film(film.seed, choose_findings(film), film.size, film.world)
-    film.findings = [Finding(*finding, bounding_box(mask), mask if film.keep_masks else None)
-                     for finding, mask in masks.items()]
+    film.findings = [Finding(*finding, mask) for finding, mask in masks.items()]
     dictate(film)
     return image, masks, lungs
 
 
 def make_and_save(film):
     image, masks, lungs = make(film)
-    for path in (film.image, film.bits, film.lungs):
-        if path:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
     image = Image.fromarray(image)
+    for path in filter(None, (film.image, film.bits, film.lungs)):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
     if film.image.endswith(".dcm"):
         save_dicom(film, image)
     else:
@@ -273,15 +274,6 @@ def make_and_save(film):
     return film
 
 
-def draw(films, workers):
-    """The films, drawn and written, in their order."""
-    if workers == 1 or len(films) < 32:  # starting processes would take longer
-        return [make_and_save(film) for film in films]
-    with ProcessPoolExecutor(workers) as pool:
-        drawn = pool.map(make_and_save, films, chunksize=16)
-        return list(tqdm(drawn, "drawing", len(films), unit=" films", disable=None))
-
-
 def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=None):
     """Draw `count` films into the folders of a data set at `root`, a new folder.
 
@@ -289,12 +281,14 @@ def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", wor
     at two places or more of a film. InputError if the root holds files or cannot be written.
     """
     films = plan(count, seed, size or FORMATS[layout].SIZE, places, world)
+    workers = cores() if workers is None else workers
+    draw = partial(in_workers, make_and_save, workers=workers, title="films")
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        FORMATS[layout].write(root, films, lambda films: draw(films, workers or cores()))
-    except OSError as error:
-        raise InputError(f"cannot write to {root}: {error.strerror or error}")
+        FORMATS[layout].write(root, films, draw)
+    except OSError as error:  # if it is from another process, its traceback comes before it
+        raise InputError(f"cannot write to {root}: {str(error).strip().splitlines()[-1]}") from None
 
 
 def parse_args(argv=None):

@@ -102,7 +102,6 @@ def main(args):
     out_dir = Path(args.out_dir).absolute()
     film = phantom.plan(1, args.seed, size=64, places=0.27, world="easy")[0]
     film.image, film.report = str(out_dir / "walk.jpg"), str(out_dir / "walk.txt")
-    film.keep_masks = True  # for the picture
     with atomic(out_dir / "walk.png") as picture:  # makes the folder, too
         phantom.make_and_save(film)
         pixels = read_image(film.image, 64)                                     # [64,64]

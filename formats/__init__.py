@@ -6,18 +6,20 @@ them: items (which format reads a folder), images, prepare, triplets (of reports
 
 Each has GET, where to get it; FILES, of which one lies at its root; SHARES of train and validate
 where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; and
-    read(root, views, labels) -> (label names, [Item], [(kind, what) of each problem])
-    write(root, films, draw)     names each film's files, has them drawn, writes the label files
+    read(root, views, labels, problems)   yields Items, adds (kind, what) to the list `problems`
+    write(root, films, draw)              names the films' files, has them drawn, lists the labels
 """
 import contextlib
 import csv
 import glob
 import gzip
 import io
-import zipfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
+
+import fsspec
 
 from cli import InputError
 from text import PATHOLOGIES
@@ -71,20 +73,17 @@ def find(root, *names):
     return None
 
 
-def csv_rows(path):
-    """Yield the rows of a csv as dicts, names and cells stripped; none if path is None."""
+def csv_rows(root, *names):
+    """Yield the rows of a csv that `find` finds, as dicts, names and cells stripped; else none."""
+    path = find(root, *names)
     if path is None:
         return
+    how = {"compression": "infer", "encoding": "utf-8-sig", "errors": "replace", "newline": ""}
     try:
-        if path.suffix == ".zip":
-            archive = zipfile.ZipFile(path)
-            raw = archive.open(archive.namelist()[0])
-        else:
-            raw = gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-        with io.TextIOWrapper(raw, "utf-8-sig", "replace", newline="") as file:
+        with fsspec.open(path, "rt", **how) as file:
             for row in csv.DictReader(file, restval=""):  # a row may be cut off
                 yield {name.strip(): cell.strip() for name, cell in row.items() if name}
-    except (OSError, EOFError, IndexError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, EOFError, IndexError, zlib.error, BadZipFile, csv.Error) as error:
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
@@ -97,12 +96,12 @@ def paths_by_stem(root):
     return found
 
 
-def box(label, sides, size=1024):
-    """(label, x, y, width, height) in fractions of the image from pixels. ValueError if no box."""
-    x, y, width, height = map(float, sides)
+def box(label, sides):
+    """(label, x, y, width, height) in fractions of the image, from pixels of 1024 a side."""
+    x, y, width, height = (float(side) / 1024 for side in sides)
     if not (x >= 0 and y >= 0 and width > 0 and height > 0):  # or one is nan
         raise ValueError(f"no box: {sides}")
-    return label, x / size, y / size, width / size, height / size
+    return label, x, y, width, height
 
 
 def write_text(path, text):

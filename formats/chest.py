@@ -3,11 +3,10 @@
     image, masks, lungs = draw_film(7, [("nodule", "left_mid_lung")])    # 64 x 64 pixels
     image, masks, lungs = draw_film(7, [("mass", "left_mid_lung")])      # the same but for that
 
-Nothing here is meant to teach radiology: the looks are cartoons of thirteen findings.
-A finding is a (pathology, anatomy). Each part of a film (pose, vessels, each finding at each place,
-hardware, exposure) has random numbers of its own, so to take a finding away, to move it or to
-exchange its pathology changes nothing else. The mask of a finding is its evidence: the pixels in
-which the film differs from the same film without it.
+The looks are cartoons of thirteen findings and teach no radiology. A finding is a (pathology,
+anatomy). Each part of a film has random numbers of its own, so to take a finding away, to move it
+or to exchange its pathology changes nothing else. The mask of a finding is its evidence: the pixels
+in which the film differs from the same film without it.
 
 x runs over [-1, 1] from left to right of the film, y downwards, the spine is at x = 0. S is pixels
 a side.
@@ -144,7 +143,8 @@ class Chest:
 
 
 # ------------------------------------------------------------------------------------------ looks
-# A look takes (chest, pathology, anatomy, random numbers), returns the change of the film [S,S].
+# A look takes (chest, pathology, side, place, random numbers) and returns the change of the film
+# [S,S]. Side and place are the parts of an anatomy, such as "left" and "lower_lung".
 
 # Traits of lesions: strength from .. to, radius from .. to, softness and raggedness of the edge,
 # mottling, oblongness, straightness of the lower edge (a fissure holds a consolidation back)
@@ -175,9 +175,8 @@ def place_lesion(c, side, place, radius):
     return SIGN[side] * rng.uniform(min(inner, wall - 0.04), wall), y
 
 
-def draw_lesion(c, pathology, anatomy, rng):
+def draw_lesion(c, pathology, side, place, rng):
     """A patch or a ball. Its traits are moved towards the mean of its table by `alike`."""
-    side, _, place = anatomy.partition("_")
     table = PATCHES if pathology in PATCHES else BALLS
     own, mean = np.array(table[pathology]), np.mean(list(table.values()), axis=0)
     low, high, small, large, soft, ragged, mottling, oblong, straight = (
@@ -192,7 +191,7 @@ def draw_lesion(c, pathology, anatomy, rng):
     return in_lung(c, side, shape * (1 - straight * cut) * mottles * rng.uniform(low, high))
 
 
-def draw_edema(c, pathology, anatomy, rng):
+def draw_edema(c, pathology, side, place, rng):
     """Wings around both hila."""
     grain, change = noise(rng, c.size, 19), 0
     for side, sign in SIGN.items():
@@ -202,31 +201,29 @@ def draw_edema(c, pathology, anatomy, rng):
     return change
 
 
-def draw_effusion(c, pathology, anatomy, rng):
-    side = anatomy.split("_")[0]
+def draw_effusion(c, pathology, side, place, rng):
     level = c.diaphragm[side] - rng.uniform(-0.08, 0.20)          # of the fluid near the midline
     rise = rng.uniform(0.55, 1.0)                                 # meniscus: higher along the wall
     below = c.y - level + rise * np.clip(c.x * SIGN[side], 0, 1) ** 3
     return ramp(below, 0.07) * c.lung[side] * np.maximum(0.60 - c.film, 0) * rng.uniform(0.75, 1)
 
 
-def draw_pneumothorax(c, pathology, anatomy, rng):
+def draw_pneumothorax(c, pathology, side, place, rng):
     depth, reach = rng.uniform(0.11, 0.16), rng.uniform(-0.32, 0.05)
     wall = (1 - c.cage) * 0.4 - depth * ramp(reach - c.y, 0.4)    # < 0 in the air around the lung
-    where = ramp(reach - c.y, 0.12) * c.lung[anatomy.split("_")[0]]
+    where = ramp(reach - c.y, 0.12) * c.lung[side]
     pleura = ramp(0.5 * c.soft + 0.006 - np.abs(wall), c.soft) * where
     return pleura * 0.28 - ramp(-wall, c.soft) * where * (0.18 + c.vessels)
 
 
-def draw_atelectasis(c, pathology, anatomy, rng):
-    side = anatomy.split("_")[0]
+def draw_atelectasis(c, pathology, side, place, rng):
     x, y = SIGN[side] * rng.uniform(0.36, 0.56), c.diaphragm[side] - rng.uniform(0.10, 0.34)
     half, tilt = rng.uniform(0.16, 0.24), SIGN[side] * rng.gauss(0.1, 0.22)
     plate = segment(c, x - half, y - half * tilt, x + half, y + half * tilt)
     return in_lung(c, side, ramp(0.05 - plate, c.soft) * rng.uniform(0.40, 0.48))
 
 
-def draw_fracture(c, pathology, anatomy, rng):
+def draw_fracture(c, pathology, side, place, rng):
     """Both fragments are bright, the outer one a step lower, and the gap between them is dark."""
     sign, x, rib = rng.choice((1, -1)), rng.uniform(0.38, 0.60), rng.choice((-2, -1, 0, 1))
     along, phase = c.x * sign - x, c.rib_phase - rib              # outwards; 0 on the rib, 1 = next
@@ -237,12 +234,12 @@ def draw_fracture(c, pathology, anatomy, rng):
     return near * (0.55 * bone - 0.04 * c.ribs - 0.35 * gap)
 
 
-def draw_tube(c, pathology, anatomy, rng):
-    if anatomy == "trachea":
+def draw_tube(c, pathology, side, place, rng):
+    if side == "trachea":
         x, tip = rng.uniform(-0.015, 0.035), rng.uniform(-0.38, -0.22)
         distance = segment(c, x + rng.gauss(0, 0.03), -1.3, x, tip)
     else:  # chest tube, from the side towards the apex
-        sign = SIGN[anatomy.split("_")[0]]
+        sign = SIGN[side]
         y0, y1 = rng.uniform(0.10, 0.35), rng.uniform(-0.45, -0.20)
         outer = segment(c, sign * 0.95, y0 + 0.12, sign * 0.66, y0)
         inner = segment(c, sign * 0.66, y0, sign * rng.uniform(0.3, 0.5), y1)
@@ -281,10 +278,10 @@ def draw_film(seed, findings, size=64, world="easy"):
     chest, masks = Chest(seed, findings, small, world), {}
     healthy = chest.film
     for finding in sorted(findings):
-        pathology, anatomy = finding
+        pathology, (side, _, place) = finding[0], finding[1].partition("_")
         look = LOOKS[pathology][2]
         if look:
-            change = world.contrast * look(chest, pathology, anatomy, stream(seed, *finding))
+            change = look(chest, pathology, side, place, stream(seed, *finding)) * world.contrast
             chest.film = chest.film + change
         else:
             others = [other for other in findings if other != finding]

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from formats import BLANK, Item, csv_rows, find, skip_if_bad, write_csv
 
-TABLES = {"train": "train.csv", "validate": "valid.csv", "test": "test_labels.csv"}
+FILES = ("train.csv", "valid.csv", "test_labels.csv")
 FOLDERS = {"train": "train", "validate": "valid", "test": "test"}
-FILES = tuple(TABLES.values())
 GET = "https://stanfordmlgroup.github.io/competitions/chexpert"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "frontal", 390
 LABELS = {  # in the order of the csv: what phantom.py draws for each
@@ -31,20 +30,19 @@ def label_values(row):
     return tuple(VALUE[row.get(label, "")] for label in LABELS)
 
 
-def read(root, views, labels):
-    items, problems = [], []
-    for split, table in TABLES.items():
-        for row in csv_rows(find(root, table)):
+def read(root, views, labels, problems):
+    splits = ("train", "validate", "test")
+    if find(root, "test_labels.csv") is None:
+        splits = ("train", "test", "test")
+    for table, split in zip(FILES, splits):
+        for row in csv_rows(root, table):
             path = row["Path"]
             if path.startswith("CheXpert"):
                 path = path.partition("/")[2]
             with skip_if_bad(problems, f"{table}: {path}"):
                 patient, values = path.split("/")[1], label_values(row)
                 if views == "all" or "frontal" in path:
-                    items.append(Item(path, path, patient, split, values))
-    if not any(item.split == "test" for item in items):
-        items = [item._replace(split=item.split.replace("validate", "test")) for item in items]
-    return list(LABELS), items, problems
+                    yield Item(path, path, patient, split, values)
 
 
 def said(mentions):
@@ -59,15 +57,14 @@ def said(mentions):
 
 
 def write(root, films, draw):
-    root, rows = Path(root, "CheXpert-v1.0-small"), {split: [] for split in TABLES}
+    root, rows = Path(root, "CheXpert-v1.0-small"), {split: [] for split in FOLDERS}
     for f in films:
         study = f"{FOLDERS[f.split]}/patient{f.patient + 1:05d}/study{f.visit + 1}"
         f.image = f"{root}/{study}/view1_frontal.jpg"
     for f in draw(films):
-        seen = f.mentions
-        if f.split != "train":  # a radiologist sees what is drawn
-            seen = {finding.pathology: 1 for finding in f.findings}
+        # a radiologist sees what is drawn
+        seen = f.mentions if f.split == "train" else dict.fromkeys(f.pathologies, 1)
         path = Path(f.image).relative_to(root.parent)
         rows[f.split].append((path, *said(seen).values()))
-    for split, table in TABLES.items():
-        write_csv(root / table, "Path," + ",".join(LABELS), rows[split])
+    for table, listed in zip(FILES, rows.values()):
+        write_csv(root / table, "Path," + ",".join(LABELS), listed)

@@ -13,7 +13,7 @@ masks are large, so a fixed box scores well: compare with the trivial answers.
 import collections
 from pathlib import Path
 
-from formats import Item, Mask, csv_rows, find, skip_if_bad, write_csv
+from formats import Item, Mask, csv_rows, skip_if_bad, write_csv
 
 FILES = ("metadata.csv",)
 GET = "git clone https://github.com/ieee8023/covid-chestxray-dataset"
@@ -31,7 +31,7 @@ CLASSES = {  # class of such a mask: label
 def radiologists_masks(root, problems):
     """{file stem: [Mask]} of every image that radiologists drew on."""
     masks = collections.defaultdict(list)
-    for row in csv_rows(find(Path(root, MASKS), "structure.csv")):
+    for row in csv_rows(Path(root, MASKS), "structure.csv"):
         found, label = masks[Path(row["Filename"]).stem], CLASSES.get(row["Class"])
         with skip_if_bad(problems, f"structure.csv: {row['Filename']}"):
             width, height = map(int, row["Resolution"].split("x"))
@@ -43,10 +43,9 @@ def radiologists_masks(root, problems):
     return masks
 
 
-def read(root, views, labels):
-    items, problems = [], []
+def read(root, views, labels, problems):
     drawn = radiologists_masks(root, problems)
-    for row in csv_rows(find(root, *FILES)):
+    for row in csv_rows(root, *FILES):
         name, stem, finding = row["filename"], Path(row["filename"]).stem, row["finding"].lower()
         if row["modality"] != "X-ray" or views != "all" and row["view"] not in FRONTAL:
             continue
@@ -59,10 +58,9 @@ def read(root, views, labels):
             masks, lungs = drawn.get(stem, []), f"annotations/lungVAE-masks/{stem}_mask.png"
             if Path(root, lungs).exists():
                 masks = [*masks, Mask("lung", "file", lungs)]
-            items.append(Item(name, f"images/{name}", row["patientid"], "", values,
-                              note=row["clinical_notes"], masks=tuple(masks) or None,
-                              absent=("consolidation", "opacity") if stem in drawn else ()))
-    return LABELS, items, problems
+            yield Item(name, f"images/{name}", row["patientid"], "", values,
+                       note=row["clinical_notes"], masks=tuple(masks) or None,
+                       absent=("consolidation", "opacity") if stem in drawn else ())
 
 
 def write(root, films, draw):
@@ -74,7 +72,7 @@ def write(root, films, draw):
     rows = []
     for f in draw(films):
         disease = "Pneumonia" if f.findings else "No Finding"
-        if "opacity" in [finding.pathology for finding in f.findings]:
+        if "opacity" in f.pathologies:
             disease = "Pneumonia/Viral/COVID-19"
         said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
         rows.append((f.patient, disease, f.view, "X-ray", Path(f.image).name, said))

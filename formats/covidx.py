@@ -19,30 +19,26 @@ PAPER_PROMPT = (  # the published run asks for COVID-19 by these words (Sec. IV-
     "These radiographic findings are most commonly seen in the lower lobes of the lungs and can "
     "progress to multifocal consolidation as the disease advances.")
 CLASSES = {"positive": 1, "negative": 0}
+FOLDERS = {"train": "train", "validate": "val", "test": "test"}
 
 
-def read(root, views, labels):
-    items, problems = [], []
-    for split, folder in (("train", "train"), ("validate", "val"), ("test", "test")):
+def read(root, views, labels, problems):
+    for split, folder in FOLDERS.items():
         path = find(root, f"{folder}*.txt")
         text = path.read_text("utf-8", "replace") if path else ""
         for line in filter(str.strip, text.splitlines()):
             with skip_if_bad(problems, f"{folder}: {line[:60]}"):
                 patient, name, kind, _ = line.rsplit(None, 3)
-                items.append(Item(name, f"{folder}/{name}", patient, split, (CLASSES[kind],)))
-    return LABELS, items, problems
+                yield Item(name, f"{folder}/{name}", patient, split, (CLASSES[kind],))
 
 
 def write(root, films, draw):
-    lists = {"train": "", "val": "", "test": ""}
+    lists = dict.fromkeys(FOLDERS.values(), "")
     for f in films:
         f.sure = ("opacity", 0.5)  # the sign of COVID-19 that phantoms have
-        f.image = f"{root}/{f.split.replace('validate', 'val')}/{f.patient}-{f.visit}.png"
+        f.image = f"{root}/{FOLDERS[f.split]}/{f.patient}-{f.visit}.png"
     for f in draw(films):
-        folder, name = f.image.split("/")[-2:]
-        kind = "negative"
-        if "opacity" in [finding.pathology for finding in f.findings]:
-            kind = "positive"
-        lists[folder] += f"{f.patient} {name} {kind} ricord\n"
+        kind = "positive" if "opacity" in f.pathologies else "negative"
+        lists[FOLDERS[f.split]] += f"{f.patient} {f.patient}-{f.visit}.png {kind} ricord\n"
     for folder, lines in lists.items():
         write_text(f"{root}/{folder}.txt", lines)

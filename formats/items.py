@@ -27,11 +27,11 @@ def find_root(dataset, root):
 
 def read_items(dataset, root, views, labels):
     """(label names, items, problems) of a data set as downloaded; no image is opened here."""
+    source, kept, problems = FORMATS[dataset], {}, []
     try:
-        names, items, problems = FORMATS[dataset].read(root, views, labels)
+        items = list(source.read(root, views, labels, problems))
     except (KeyError, ValueError, TypeError, IndexError, OSError) as error:
         raise InputError(f"{root}: a label file lacks a column or is damaged ({error!r})") from None
-    kept = {}
     for item in items:
         # made of names in strangers' csv files, as the paths of reports and masks are
         if os.path.isabs(item.path) or ".." in Path(item.path).parts:
@@ -42,7 +42,13 @@ def read_items(dataset, root, views, labels):
             kept[item.id] = item
     if not kept:
         raise InputError(f"{root}: no usable row; the first problem: {problems[:1]}")
-    return names, list(kept.values()), problems
+    names, items = list(source.LABELS), list(kept.values())
+    if labels == "drawn":  # phantoms: by what is in the film, whatever its report says
+        names = sorted({pathology for item in items for pathology, _ in item.truth})
+        for i, item in enumerate(items):
+            drawn = dict(item.truth)
+            items[i] = item._replace(labels=tuple(int(name in drawn) for name in names))
+    return names, items, problems
 
 
 def settle_labels(items, names, uncertain):

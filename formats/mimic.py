@@ -3,13 +3,13 @@
     files/p10/p10000032/s50414267/02aa804e-....jpg      patient, study, image (dicom_id)
     files/p10/p10000032/s50414267.txt                   the report (or below mimic-cxr-reports/)
     mimic-cxr-2.0.0-split.csv.gz                        dicom_id,study_id,subject_id,split
-    mimic-cxr-2.0.0-metadata.csv.gz                     dicom_id,...,ViewPosition,Rows,Columns,...
+    mimic-cxr-2.0.0-metadata.csv.gz                     dicom_id,...,ViewPosition,...
     mimic-cxr-2.0.0-chexpert.csv.gz  -negbio.csv.gz     subject_id,study_id, 14 labels
     mimic-cxr-2.1.0-test-set-labeled.csv                study_id, 14 labels of 687 test studies
     boxes.csv  masks/<dicom_id>.png                     where each finding is: phantoms only
 
---labels chexpert and negbio were read from the reports, manual are radiologists', drawn are those
-of boxes.csv. Release 2.1.0 keeps the old file names; its test set says Airspace Opacity.
+--labels chexpert and negbio were read from the reports, manual are radiologists'. Release 2.1.0
+keeps the old file names; its test set says Airspace Opacity.
 """
 import collections
 from pathlib import Path
@@ -27,48 +27,39 @@ SHARES, VIEWS, SIZE = (0.8, 0.1), "all", 64   # the published run took all views
 
 def read_labels(root, labels, problems):
     """{study: its 14 labels} of one label file."""
-    kind = "test-set-labeled" if labels == "manual" else labels
-    table, values = find(root, f"mimic-cxr-2.?.0-{kind}.csv"), {}
-    if table is None and labels in ("negbio", "manual"):
-        raise InputError(f"{root} lacks mimic-cxr-*-{kind}.csv; leave --labels out")
-    for row in csv_rows(table):
+    kind, values = "test-set-labeled" if labels == "manual" else labels, {}
+    table = f"mimic-cxr-2.?.0-{kind}.csv"
+    if labels in ("negbio", "manual") and find(root, table) is None:
+        raise InputError(f"{root} lacks {table}; leave --labels out")
+    for row in csv_rows(root, table):
         row.setdefault("Lung Opacity", row.get("Airspace Opacity", ""))
         with skip_if_bad(problems, f"labels of study {row['study_id']}"):
             values[row["study_id"]] = label_values(row)
     return values
 
 
-def read(root, views, labels):
-    items, problems, names = [], [], list(LABELS)
-    findings, drawn = list(csv_rows(find(root, "boxes.csv"))), collections.defaultdict(list)
-    for row in findings:
-        drawn[row["dicom_id"]].append(row)
-    if labels == "drawn":
-        names = sorted({row["pathology"] for row in findings})
+def read(root, views, labels, problems):
+    boxes = collections.defaultdict(list)
+    for row in csv_rows(root, "boxes.csv"):
+        boxes[row["dicom_id"]].append(row)
     view_of = {row["dicom_id"]: row["ViewPosition"]
-               for row in csv_rows(find(root, "mimic-cxr-2.0.0-metadata.csv"))}
+               for row in csv_rows(root, "mimic-cxr-2.0.0-metadata.csv")}
     values = read_labels(root, labels, problems)
     above = "mimic-cxr-reports/" if Path(root, "mimic-cxr-reports").is_dir() else ""
-    for row in csv_rows(find(root, *FILES)):
+    for row in csv_rows(root, *FILES):
         name, study, patient = row["dicom_id"], row["study_id"], row["subject_id"]
-        folder = f"files/p{patient[:2]}/p{patient}/s{study}"
+        folder, bits = f"files/p{patient[:2]}/p{patient}/s{study}", f"masks/{name}.png"
         with skip_if_bad(problems, f"split.csv: {name}"):
-            view = view_of[name]
+            frontal = view_of[name] in ("PA", "AP")
             if not study or row["split"] not in ("train", "validate", "test"):
                 raise ValueError(f"split {row['split']!r}")
-            item = Item(name, f"{folder}/{name}.jpg", patient, row["split"],
-                        values.get(study, (UNKNOWN,) * len(names)), f"{above}{folder}.txt")
-            if findings:
-                masks = [Mask(row["pathology"], "bit", f"masks/{name}.png", int(row["finding"]))
-                         for row in drawn[name]]
-                truth = [(row["pathology"], row["anatomy"]) for row in drawn[name]]
-                item = item._replace(masks=tuple(masks), truth=tuple(truth))
-            if labels == "drawn":
-                present = {row["pathology"] for row in drawn[name]}
-                item = item._replace(labels=tuple(int(label in present) for label in names))
-            if views == "all" or view in ("PA", "AP"):
-                items.append(item)
-    return names, items, problems
+            drawn = boxes.get(name, ())
+            truth = tuple((box["pathology"], box["anatomy"]) for box in drawn)
+            masks = [Mask(box["pathology"], "bit", bits, int(box["finding"])) for box in drawn]
+            if views == "all" or frontal:
+                yield Item(name, f"{folder}/{name}.jpg", patient, row["split"],
+                           values.get(study, (UNKNOWN,) * len(LABELS)), f"{above}{folder}.txt",
+                           masks=tuple(masks) if boxes else None, truth=truth)
 
 
 def write(root, films, draw):
@@ -88,9 +79,9 @@ def write(root, films, draw):
         values.append((study, *said(f.mentions).values()))
         views.append((name, f.view, f.size, f.size))
         splits.append((name, study, patient, f.split))
+    release = f"{root}/mimic-cxr-2.0.0"
     write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height", boxes)
-    write_csv(f"{root}/mimic-cxr-2.0.0-chexpert.csv.gz", "study_id," + ",".join(LABELS), values)
-    write_csv(f"{root}/mimic-cxr-2.0.0-metadata.csv.gz", "dicom_id,ViewPosition,Rows,Columns",
-              views)
+    write_csv(f"{release}-chexpert.csv.gz", "study_id," + ",".join(LABELS), values)
+    write_csv(f"{release}-metadata.csv.gz", "dicom_id,ViewPosition,Rows,Columns", views)
     # the split file comes last: a folder without it was not finished
-    write_csv(f"{root}/mimic-cxr-2.0.0-split.csv.gz", "dicom_id,study_id,subject_id,split", splits)
+    write_csv(f"{release}-split.csv.gz", "dicom_id,study_id,subject_id,split", splits)

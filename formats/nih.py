@@ -6,8 +6,8 @@
     BBox_List_2017.csv                      984 boxes on 880 test images, 1024 pixels a side
     train_val_list.txt  test_list.txt       the official split, a file name per line
 
-Traps: the header "Bbox [x,y,w,h]" is four columns; the box file says Infiltrate for Infiltration;
-a few hundred images are RGBA. The loader takes validate from the train_val_list, by patient.
+Traps: the header "Bbox [x,y,w,h]" is four columns; the box file says Infiltrate for Infiltration.
+The loader takes validate from the train_val_list, by patient.
 """
 import collections
 from pathlib import Path
@@ -22,25 +22,24 @@ LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "No
           "Hernia"]
 
 
-def read(root, views, labels):
-    items, problems, paths = [], [], paths_by_stem(root)
-    boxes, test_list = collections.defaultdict(list), find(root, "test_list.txt")
+def read(root, views, labels, problems):
+    paths, boxes = paths_by_stem(root), collections.defaultdict(list)
+    test_list = find(root, "test_list.txt")
     tests = set(test_list.read_text().split()) if test_list else set()
-    for row in csv_rows(find(root, "BBox_List_2017.csv")):
+    for row in csv_rows(root, "BBox_List_2017.csv"):
         with skip_if_bad(problems, f"box of {row['Image Index']}"):
             label = row["Finding Label"].replace("Infiltrate", "Infiltration")
             sides = row["Bbox [x"], row["y"], row["w"], row["h]"]
             boxes[row["Image Index"]].append(box(label, sides))
-    for row in csv_rows(find(root, *FILES)):
+    for row in csv_rows(root, *FILES):
         name, found = row["Image Index"], set(row["Finding Labels"].split("|"))
         with skip_if_bad(problems, name):
             if not name or found - {"No Finding", *LABELS}:
                 raise ValueError(row["Finding Labels"])
-            items.append(Item(
-                name, paths.get(name.removesuffix(".png"), f"images/{name}"), row["Patient ID"],
-                "test" if name in tests else "", tuple(int(label in found) for label in LABELS),
-                boxes=tuple(boxes[name])))
-    return LABELS, items, problems
+            path = paths.get(name.removesuffix(".png"), f"images/{name}")
+            values = tuple(int(label in found) for label in LABELS)
+            yield Item(name, path, row["Patient ID"], "test" if name in tests else "", values,
+                       boxes=tuple(boxes[name]))
 
 
 def write(root, films, draw):
@@ -53,8 +52,8 @@ def write(root, films, draw):
             label = finding.pathology.capitalize().replace("Opacity", "Infiltration")
             found.add(label)
             if f.split == "test" and label in LABELS:
-                boxes.append((name, label.replace("Infiltration", "Infiltrate"),
-                              *(side * SIZE / f.size for side in finding.box)))
+                sides = [side * SIZE / f.size for side in finding.box]
+                boxes.append((name, label.replace("Infiltration", "Infiltrate"), *sides))
         if f.split == "test":
             tests.append(name)
         labels = [label for label in LABELS if label in found] or ["No Finding"]

@@ -33,10 +33,10 @@ LABELS = list(OPENI)
 
 def xml_files(root):
     """Yield the (name, content) of each XML file."""
-    archive = find(root, "NLMCXR_reports*.tgz")
-    for path in sorted(Path(root, "ecgen-radiology").glob("*.xml")):
-        yield path.name, path.read_bytes()
-    if find(root, "ecgen-radiology") or archive is None:
+    folder, archive = Path(root, "ecgen-radiology"), find(root, "NLMCXR_reports*.tgz")
+    if folder.exists() or archive is None:
+        for path in sorted(folder.glob("*.xml")):
+            yield path.name, path.read_bytes()
         return
     try:
         with tarfile.open(archive) as tar:
@@ -59,10 +59,10 @@ def reports(root, problems):
                    "terms": [element.text or "" for element in tree.iter("major")]}
 
 
-def read(root, views, labels):
-    items, problems, paths = [], [], paths_by_stem(root)
+def read(root, views, labels, problems):
+    paths = paths_by_stem(root)
     view_of = {row["imageid"]: row["View Position"] or "PA"
-               for row in csv_rows(find(root, "nlmcxr_dicom_metadata.csv"))}
+               for row in csv_rows(root, "nlmcxr_dicom_metadata.csv")}
     for report in reports(root, problems):
         heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}
         values = (UNKNOWN,) * len(OPENI)
@@ -70,10 +70,8 @@ def read(root, views, labels):
             values = tuple(int(bool(heads & set(terms))) for terms in OPENI.values())
         for name in report["images"]:
             if views == "all" or view_of.get(name, "PA") in ("PA", "AP"):
-                items.append(Item(name, paths.get(name, f"{name}.png"),
-                                  report["id"].removeprefix("CXR"), "", values,
-                                  note=report["report"]))
-    return LABELS, items, problems
+                yield Item(name, paths.get(name, f"{name}.png"), report["id"].removeprefix("CXR"),
+                           "", values, note=report["report"])
 
 
 def write(root, films, draw):

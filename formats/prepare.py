@@ -5,11 +5,10 @@ were histogram-equalised): images.npy uint8 [N,S,S] with state.npy int8 [N] (to 
 unusable), and the triplets in cells-<digest>.npz. A preparation that was killed goes on where it
 stopped; unusable images are tried again at the next load.
 """
-import array
-import functools
 import hashlib
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -29,14 +28,14 @@ def apply(function, items):
 def in_workers(function, items, workers, title):
     """Yields function(item) of every item, in order, computed by `workers` processes."""
     few = len(items) < 256  # starting processes would take longer
-    loader = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
-                        collate_fn=functools.partial(apply, function))
+    batches = DataLoader(items, batch_size=32, num_workers=0 if few else workers,
+                         collate_fn=partial(apply, function))
     try:
-        for results in tqdm(loader, title, unit=" images", unit_scale=32, disable=few or None):
+        for results in tqdm(batches, title, unit_scale=32, disable=few or None):
             yield from results
     except RuntimeError as error:
-        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); what was finished "
-                         "is kept: run again with fewer --workers") from None
+        raise InputError(f"a worker died ({' '.join(str(error).split())[:80]}); if memory ran out, "
+                         "run again with fewer --workers") from None
 
 
 def decode(root, size, equalize, item):
@@ -69,8 +68,8 @@ def prepare_images(root, items, folder, size, workers, again=False, equalize=Fal
     state = np.load(folder / "state.npy", mmap_mode="r+")
     # written through a file, not through the map, where a full disk would kill the process
     with open(folder / "images.npy", "r+b", buffering=0) as file:
-        pixels_of = functools.partial(decode, root, size, equalize)
-        decoded = in_workers(pixels_of, [items[i] for i in rows], workers, "images")
+        some = [items[row] for row in rows]
+        decoded = in_workers(partial(decode, root, size, equalize), some, workers, "images")
         for row, (pixels, reason) in zip(rows.tolist(), decoded):
             if pixels is None:
                 state[row], reasons[row] = UNUSABLE, reason
@@ -88,8 +87,8 @@ def read_reports(root, items, folder, triplets, workers):
     two as numbers into `names`. read: 1 if the report gave a definite triplet, 0 if none, -1 if
     there is no report.
     """
-    source = triplet_source(triplets, root)
-    digest = hashlib.sha256(source.key.encode())
+    triplets_of, key = triplet_source(triplets, root)
+    digest = hashlib.sha256(key.encode())
     for item in items:
         digest.update(item.note.encode())
     path = folder / f"cells-{digest.hexdigest()[:12]}.npz"
@@ -99,17 +98,17 @@ def read_reports(root, items, folder, triplets, workers):
         added = [name for name in missed if name and os.path.exists(os.path.join(root, name))]
         if triplets != "rules" or not added:
             return kept  # else reports were added since: all are read again
-    numbers, flat, start, read = {}, array.array("i"), [0], []
-    for found in in_workers(source, items, workers, "reports"):
+    numbers, cells, start, read = {}, [], [0], []
+    for found in in_workers(triplets_of, items, workers, "reports"):
         definite = {t[:3] for t in found or () if t.existence >= 0}
         for pathology, anatomy, existence in sorted(definite):
-            flat.append(numbers.setdefault(pathology, len(numbers)))
-            flat.append(numbers.setdefault(anatomy, len(numbers)))
-            flat.append(existence)
-        start.append(start[-1] + len(definite))
+            cells.append((numbers.setdefault(pathology, len(numbers)),
+                          numbers.setdefault(anatomy, len(numbers)), existence))
+        start.append(len(cells))
         read.append(-1 if found is None else int(len(definite) > 0))
+    cells = np.array(cells, np.int32).reshape(-1, 3)
     result = {"names": np.array(list(numbers) or [""]), "start": np.array(start),
-              "cells": np.array(flat, np.int32).reshape(-1, 3), "read": np.array(read, np.int8)}
+              "cells": cells, "read": np.array(read, np.int8)}
     with atomic(path) as draft, open(draft, "wb") as file:
         np.savez(file, **result)
     return result

@@ -11,7 +11,7 @@ figure, so figures of one article may lie in train and test; some images are lat
 import re
 from pathlib import Path
 
-from formats import Item, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
+from formats import Item, csv_rows, paths_by_stem, skip_if_bad, write_csv
 
 FILES = ("train_captions.csv", "test_captions.csv")
 GET = "https://zenodo.org/records/10821435"
@@ -25,26 +25,26 @@ OTHER = re.compile(r"\b(CT|MRI|PET|barium|tomogra\w+|magnetic|ultraso\w+|echo\w*
                    r"fluoro\w+|mammogra\w+|scintigra\w+)\b", re.I)
 
 
-def read(root, views, labels):
-    items, problems, paths = [], [], paths_by_stem(root)
+def read(root, views, labels, problems):
+    paths = paths_by_stem(root)
     for split, folder in FOLDERS.items():
-        concepts = find(root, f"{folder}_concepts.csv")
-        chosen = {row["ID"] for row in csv_rows(concepts)
+        chosen = {row["ID"] for row in csv_rows(root, f"{folder}_concepts.csv")
                   if PLAIN_XRAY in row["CUIs"] and CHEST in row["CUIs"]}
-        for row in csv_rows(find(root, f"{folder}_captions.csv")):
+        for row in csv_rows(root, f"{folder}_captions.csv"):
             name, caption = row["ID"], row["Caption"]
-            keep = "cxr" in name.lower() or FILM.search(caption) and not OTHER.search(caption)
+            keep = name in chosen
+            if not chosen:
+                keep = "cxr" in name.lower() or FILM.search(caption) and not OTHER.search(caption)
             with skip_if_bad(problems, f"{folder}_captions.csv: {name}"):
                 if not name or not caption:
                     raise ValueError("an empty cell")
-                if name in chosen if concepts else keep:
-                    items.append(Item(name, paths.get(name, f"{folder}/{name}.jpg"), name, split,
-                                      (), note=caption))
-    return LABELS, items, problems
+                if keep:
+                    path = paths.get(name, f"{folder}/{name}.jpg")
+                    yield Item(name, path, name, split, (), note=caption)
 
 
 def write(root, films, draw):
-    rows = {"train": [], "valid": [], "test": []}
+    rows = {folder: [] for folder in FOLDERS.values()}
     for f in films:
         folder = FOLDERS[f.split]
         f.image = f"{root}/{folder}/ROCOv2_2023_{folder}_{f.index + 1:06d}.jpg"

@@ -24,31 +24,28 @@ SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # boxes and masks are of this si
 LABELS = ["Pneumonia"]
 
 
-def read(root, views, labels):
-    items, problems, paths = [], [], paths_by_stem(root)
-    boxes, tests = collections.defaultdict(list), {}  # patientId: its boxes; its file stem
-    sources = {}  # patientId: (NIH patient, file stem)
+def read(root, views, labels, problems):
+    paths, boxes = paths_by_stem(root), collections.defaultdict(list)
+    patients, stems, tests = {}, {}, set()  # NIH's patients and the site's file stems by patientId
     mapping = find(root, "pneumonia-challenge-dataset-mappings_2018.json")
     for row in json.loads(mapping.read_text("utf-8")) if mapping else []:
-        sources[row["subset_img_id"]] = row["img_id"].split("_")[0], row["SOPInstanceUID"]
-    kaggle = find(root, "stage_2_train_labels.csv")
-    for row in csv_rows(find(root, "*rsna*test*.csv", "test.csv")):
-        tests[row["ID"]] = Path(row["img_path"]).stem
-        if kaggle is None:
-            found = row["boxes"].split("|") if row["classes"] == "1" else []
-            boxes[row["ID"]] = [sides.split(";") for sides in found]
-    for row in csv_rows(kaggle):
+        patients[row["subset_img_id"]] = row["img_id"].split("_")[0]
+        stems[row["subset_img_id"]] = row["SOPInstanceUID"]
+    for row in csv_rows(root, "stage_2_train_labels.csv"):
         found = boxes[row["patientId"]]
         if row["Target"] != "0":
             found.append([row["x"], row["y"], row["width"], row["height"]])
+    for row in csv_rows(root, "*rsna*test*.csv", "test.csv"):
+        tests.add(row["ID"])
+        stems.setdefault(row["ID"], Path(row["img_path"]).stem)
+        found = row["boxes"].split("|") if row["classes"] == "1" else []
+        boxes.setdefault(row["ID"], [sides.split(";") for sides in found])
     for name, found in boxes.items():
-        patient, stem = sources.get(name, (name, None))
-        path = paths.get(name) or paths.get(stem) or paths.get(tests.get(name))
+        path = paths.get(name) or paths.get(stems.get(name))
         with skip_if_bad(problems, f"box of {name}"):
             located = tuple(box(LABELS[0], sides) for sides in found)
-            items.append(Item(name, path or f"stage_2_train_images/{name}.dcm", patient,
-                              "test" if name in tests else "", (int(bool(found)),), boxes=located))
-    return LABELS, items, problems
+            yield Item(name, path or f"stage_2_train_images/{name}.dcm", patients.get(name, name),
+                       "test" if name in tests else "", (int(bool(found)),), boxes=located)
 
 
 def save_dicom(film, image):
@@ -72,11 +69,11 @@ def write(root, films, draw):
         f.sure = ("pneumonia", 0.15)
     rows = []
     for f in draw(films):
-        name = Path(f.image).stem
-        found = [finding.box for finding in f.findings
-                 if finding.pathology in ("pneumonia", "opacity", "consolidation")]
-        for sides in found:
-            rows.append((name, *(side * SIZE / f.size for side in sides), 1))
-        if not found:
+        name, negative = Path(f.image).stem, True
+        for finding in f.findings:
+            if finding.pathology in ("pneumonia", "opacity", "consolidation"):
+                rows.append((name, *(side * SIZE / f.size for side in finding.box), 1))
+                negative = False
+        if negative:
             rows.append((name, "", "", "", "", 0))
     write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target", rows)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats import Item, Mask, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
+from formats import Item, Mask, csv_rows, paths_by_stem, skip_if_bad, write_csv
 
 FILES = ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv")
 GET = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
@@ -31,29 +31,27 @@ def rle_mask(rle):
     return Mask(LABELS[0], "rle", rle)
 
 
-def read(root, views, labels):
-    items, problems, paths = [], [], paths_by_stem(root)
-    rles = collections.defaultdict(list)  # ImageId: its masks
-    packed = {}                           # ImageId: its row of the re-pack
-    for row in csv_rows(find(root, "stage_2_train.csv", "*train-rle.csv")):
+def read(root, views, labels, problems):
+    paths, rles = paths_by_stem(root), collections.defaultdict(list)
+    splits, packed_masks = {}, {}  # of the re-pack, by ImageId like rles
+    for row in csv_rows(root, "stage_2_train.csv", "*train-rle.csv"):
         found = rles[row["ImageId"]]
         if row["EncodedPixels"] != "-1":
             found.append(row["EncodedPixels"])
     for part in ("train", "test"):
-        for row in csv_rows(find(root, f"stage_1_{part}_images.csv")):
-            packed[row["ImageId"]] = {**row, "part": part}
-    for name in rles | packed:
-        path, split = f"{name}.dcm", ""
+        for row in csv_rows(root, f"stage_1_{part}_images.csv"):
+            name, file = row["ImageId"], row["new_filename"]
+            splits[name] = part
+            paths.setdefault(name, f"png_images/{file}")
+            if row["has_pneumo"] == "1":
+                packed_masks[name] = [Mask(LABELS[0], "file", f"png_masks/{file}")]
+    for name in rles | splits:
         with skip_if_bad(problems, f"mask of {name}"):
-            masks = [rle_mask(rle) for rle in rles.get(name, ())]
-            if name in packed:
-                file, split = packed[name]["new_filename"], packed[name]["part"]
-                path = f"png_images/{file}"
-                if name not in rles and packed[name]["has_pneumo"] == "1":
-                    masks = [Mask(LABELS[0], "file", f"png_masks/{file}")]
-            items.append(Item(name, paths.get(name, path), name, split, (int(bool(masks)),),
-                              masks=tuple(masks)))
-    return LABELS, items, problems
+            masks = packed_masks.get(name, [])
+            if name in rles:
+                masks = [rle_mask(rle) for rle in rles[name]]
+            yield Item(name, paths.get(name, f"{name}.dcm"), name, splits.get(name, ""),
+                       (int(bool(masks)),), masks=tuple(masks))
 
 
 def encode(mask):
@@ -68,7 +66,7 @@ def write(root, films, draw):
     for f in films:
         name = f"1.2.276.0.7230010.3.1.4.{f.index}"
         f.image = f"{root}/dicom-images-train/{name}.1/{name}.2/{name}.dcm"
-        f.sure, f.keep_masks = ("pneumothorax", 0.2), True
+        f.sure = ("pneumothorax", 0.2)
     rows = []
     for f in draw(films):
         rles = [encode(found.mask) for found in f.findings if found.pathology == "pneumothorax"]

@@ -148,7 +148,7 @@ def read_by_rules(caption):
 
 @pytest.mark.skipif(not ROCO.is_dir(), reason="ROCOv2's captions are not there")
 def test_the_score_on_figure_captions_read_by_hand():
-    captions = {item.id: item.note for item in roco.read(ROCO, "all", [])[1]}
+    captions = {item.id: item.note for item in roco.read(ROCO, "all", "", [])}
     right, by_rules, by_hand = [np.zeros(3) for _ in range(3)]  # present, definite, with its side
     with open(Path(__file__).with_name("roco_readings.csv"), encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["set"] == "test"]
