@@ -3,7 +3,7 @@
     metadata.csv      patientid,...,finding,...,view,modality,...,filename,...,clinical_notes,...
     images/<filename>
     annotations/lungVAE-masks/<stem>_mask.png       lungs of 209 images, by a model
-    ../covid-19-chest-xray-segmentations-dataset/   of GeneralBlockchain, beside the root:
+    covid-19-chest-xray-segmentations-dataset/   of GeneralBlockchain, here or beside the root:
         structure.csv        ...,Class,...,Filename,...,Mask,Resolution,Top,Left,Width,Height,...
         masks/<name>.png     findings, lungs and heart of 97 images, drawn by radiologists in colour
 
@@ -20,7 +20,7 @@ GET = "git clone https://github.com/ieee8023/covid-chestxray-dataset"
 SHARES, VIEWS, SIZE = (0.6, 0.1), "frontal", 448
 FRONTAL = ("PA", "AP", "AP Supine")
 LABELS = ["COVID-19", "Pneumonia", "No Finding"]
-MASKS = "../covid-19-chest-xray-segmentations-dataset"  # the folder of the radiologists' masks
+MASKS = "covid-19-chest-xray-segmentations-dataset"  # the folder of the radiologists' masks
 CLASSES = {  # class of such a mask: label
     "COVID-19 Ground Glass Opacities": "opacity", "COVID-19 Consolidation": "consolidation",
     # the radiologists left the lung behind the heart out, the lung masks do not
@@ -31,14 +31,15 @@ CLASSES = {  # class of such a mask: label
 def radiologists_masks(root, problems):
     """{file stem: [Mask]} of every image that radiologists drew on."""
     masks = collections.defaultdict(list)
-    for row in csv_rows(Path(root, MASKS), "structure.csv"):
+    folder = MASKS if Path(root, MASKS).is_dir() else f"../{MASKS}"
+    for row in csv_rows(Path(root, folder), "structure.csv"):
         found, label = masks[Path(row["Filename"]).stem], CLASSES.get(row["Class"])
         with skip_if_bad(problems, f"structure.csv: {row['Filename']}"):
             width, height = map(int, row["Resolution"].split("x"))
             place = (int(row["Left"]) / width, int(row["Top"]) / height,
                      int(row["Width"]) / width, int(row["Height"]) / height)
             if label:  # of the path only the name counts: it must not lead out of the folder
-                path = f"{MASKS}/masks/{Path(row['Mask']).name}"
+                path = f"{folder}/masks/{Path(row['Mask']).name}"
                 found.append(Mask(label, "crop", path, place))
     return masks
 
