@@ -146,8 +146,9 @@ def show_bars(axis, bars, keys, low, title):
 
 
 def draw_embedding(path, clouds, asked, labels, result):
-    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. clouds: {network:
-    disentangle.clouds_of it}; asked: {label: its query}; labels [N,L]; result: as written."""
+    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. clouds:
+    {network: what disentangle.clouds_of gives}; asked: {label: its query}; labels [N,L]; result:
+    as it is written."""
     figure, axes = canvas(2, 5, 27, 9)
     for row, title in zip(axes, ("trained", "untrained")):
         flat, groups = {}, {}
