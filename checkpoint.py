@@ -129,8 +129,7 @@ def copy_weights(path, model):
         model.load_state_dict(load_model(path).state_dict())
     except RuntimeError as error:  # it names each tensor at fault
         reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path} is a network of other sizes ({reason}); train one with the same "
-                         "flags of the model") from None
+        raise InputError(f"{path} does not fit these flags of the model ({reason})") from None
 
 
 def training_state(path):

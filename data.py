@@ -59,7 +59,7 @@ class Table:
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
         self.splits[state != READY] = "skipped"
         self.boxes, self.masks = [i.boxes for i in items], [i.masks for i in items]
-        self.absent = [i.absent for i in items]  # labels that are absent if unmasked
+        self.absent = [i.absent for i in items]  # labels absent if unmasked; None: all
         self.drawn = [[Triplet(*pair, 1) for pair in i.truth] for i in items]  # phantoms only
         self.names, self.start = reports["names"].tolist(), reports["start"]    # start [N+1]
         self.flat, self.reports_read = reports["cells"], reports["read"]        # [cells,3], [N]
@@ -131,7 +131,7 @@ class Table:
                 path = os.path.join(self.root, masks[0].source)
                 raise InputError(f"the mask {path} is {trouble(path)}; download it again") from None
         boxes = [box for box in self.boxes[i] if box[0] == label]
-        # no box of a label is an absence only where somebody looked for it
+        # without a box a label is absent only where somebody looked for it; else unknown
         looked = self.absent[i] is None or label in self.absent[i]
         if not boxes and (self.masks[i] is None or not looked):
             return None
@@ -215,7 +215,7 @@ def released_operation(image):
 
     torchvision's RandAugment(2, 7) is another one: 14 operations, always applied, at level 7 of 30.
     """
-    name = torch.randint(10, ())
+    choice = int(torch.randint(10, ()))
     if torch.rand(()) >= 0.5:
         return image
     sign = -1 if torch.rand(()) < 0.5 else 1
@@ -234,13 +234,13 @@ def released_operation(image):
         lambda: TF.affine(image, 0, [shift, 0], 1, [0, 0], fill=grey, **linear),
         lambda: TF.affine(image, 0, [0, shift], 1, [0, 0], fill=grey, **linear),
         lambda: TF.rotate(image, sign * 21, fill=grey, **linear)]  # degrees, of 30
-    return operations[name]()
+    return operations[choice]()
 
 
 def can_mirror(triplets, anatomies):
     """Whether each query place that a report names has its mirror partner among the queries."""
     named = {t.anatomy for t in triplets} & set(anatomies)
-    return all(swap_sides(name) in anatomies for name in named)  # the right atrium has none
+    return all(swap_sides(name) in anatomies for name in named)  # right_atrium, for one, has none
 
 
 class Batches(Dataset):
@@ -262,7 +262,7 @@ class Batches(Dataset):
         self.operations, self.flip, self.rank, self.world = operations, flip, rank, world
         # released: an area of 0.2 to 1, bicubic
         self.crop = RandomResizedCrop(size, (crop, 1.0), interpolation=InterpolationMode.BICUBIC)
-        self.steps = max(1, len(self.rows) // batch_size)  # of an epoch; what fills no batch waits
+        self.steps = max(1, len(self.rows) // batch_size)  # per epoch; the rest is left out
 
     def __len__(self):
         return self.steps
@@ -282,7 +282,7 @@ class Batches(Dataset):
         """(uint8 [size,size], existence int8 [n,m]) of one image."""
         # drawn from (seed, epoch, row): the same for any number of workers and processes
         seed = np.random.SeedSequence([self.seed, epoch, row]).generate_state(1)
-        torch.default_generator.manual_seed(int(seed[0]))  # torchvision draws from this one
+        torch.default_generator.manual_seed(int(seed[0]))  # torchvision draws from it
         triplets = self.table.triplets(row)
         image = self.crop(Image.fromarray(self.table.images[row]))  # Pillow: 0.7 ms, tensors 1.3
         mirrored = self.flip != "none" and torch.rand(()) < 0.5  # 0.5 as released

@@ -175,7 +175,7 @@ def embedding(args, model, table, rows):
         pairs, _ = table.pairs(rows, *queries)                                  # [N,n,m]
     torch.manual_seed(args.seed)  # of the untrained weights
     untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
-    untrained.start_from(torch.cat(texts), 0.1, 0.1)  # as a training begins
+    untrained.fit_to_data(torch.cat(texts), 0.1, 0.1)  # as a training begins
     networks = {"trained": model, "untrained": untrained}
     if hasattr(model, "mask"):  # and each stream given half of I^raw: what is apart without a mask
         networks["M = 0.5"] = copy.deepcopy(model)

@@ -13,7 +13,6 @@ Differs from the released code:
   untrained text projection. Prompts are not cut at 64 tokens.
 - Maps and masks are compared on the grid of the stored images (released: 224 x 224), each map
   scaled by its own maximum and drawn where the backbone looks (`upsample_map`).
-- --task embedding is in disentangle.py.
 """
 import json
 from collections import namedtuple
@@ -60,7 +59,8 @@ def parse_args(argv=None):
     p.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
     p.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
     p.add_argument("--attention", default="own", choices=["own", "pathology"],
-                   help="own: the evidence, if the model has it; pathology: the paper's map")
+                   help="own: the evidence, if the model has it; pathology: the paper's "
+                   "attention, mean over heads and layers")
     add_flags(p)
     p.set_defaults(batch_size=64)
     args = p.parse_args(argv)
@@ -131,7 +131,8 @@ def classification(args, model, table, rows):
     return result, arrays, lambda path: figures.draw_classes(path, per_class, names, truth, scores)
 
 
-Finding = namedtuple("Finding", "row label film mask cells heat")  # [S,S]; cells [h,w], a map
+# film, mask, heat [S,S]; cells [h,w]: the map before it is enlarged to heat
+Finding = namedtuple("Finding", "row label film mask cells heat")
 
 
 def masks_of(table, row):
@@ -210,7 +211,7 @@ def faithfulness(args, model, found, texts, columns):
             films.append(torch.where(torch.from_numpy(gone), blurred, film))
         logits = model(torch.stack(films).to(args.device), *texts).pathology_logits
         logits = logits[:, columns[f.label]].double().cpu().numpy()             # [1 + 9]
-        drops.append((logits[0] - logits[1:]).reshape(3, 3))
+        drops.append((logits[0] - logits[1:]).reshape(3, 3))  # cells by ways
     means = dict(zip(("4", "12", "32"), np.mean(drops, axis=0).tolist()))
     return {k: dict(zip(("map", "random", "mask"), mean)) for k, mean in means.items()}
 

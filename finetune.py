@@ -149,9 +149,9 @@ def subset(patients, present, ratio, seed, protocol):
     rng = np.random.default_rng(seed)  # of its own: the same share for any network
     if protocol == "published":
         return rng.permutation(len(patients))[:max(2, round(ratio * len(patients)))]
-    # A patient belongs to the rarest class that an image shows. In random order, number k of the s
-    # patients of a class stands at place k / s of a queue, so that a smaller share, in proportion
-    # as well, lies within a larger one.
+    # A patient belongs to the rarest class of any of its images. The patients of each class are
+    # shuffled and spread evenly over one queue. A share is the front of the queue: it has the
+    # classes in proportion, and 1 % is a part of 10 %.
     names, patient = np.unique(patients, return_inverse=True)                   # patient [N]
     present, nothing = present[:, np.argsort(present.mean(0))], present.shape[1]  # rarest first
     rarest = np.where(present.any(1), present.argmax(1), nothing)               # [N]

@@ -3,9 +3,9 @@
     from losses import medslip_loss
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
-y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned. medslip_loss turns -1 into 0
-unless unmentioned="ignore". Then a -1 is in no term of Eqs. 2 and 6. ProtoCL draws its negatives
-from everything that is not present, so also from -1, with both settings.
+y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned. By unmentioned="negative" a -1
+becomes 0 first; by "ignore" it is left out of Eqs. 2 and 6. In both cases ProtoCL may draw it as a
+negative: it draws from everything that is not present.
 
 Differs from the paper:
 - ProtoCL compares Z_2 with the frozen text vectors themselves (as released); the paper's T have
@@ -37,8 +37,8 @@ def masked_mean(values, keep):
 
 
 def existence_loss(logits, labels):
-    """Eq. 2: binary cross-entropy of logits with labels of the same shape in {1,0,-1}, [B,q] or
-    [B,n,m]; -1 is ignored."""
+    """Binary cross-entropy of logits with labels of the same shape in {1,0,-1}, -1 left out: Eq. 2
+    of [B,q], Eq. 6 of [B,n,m]."""
     bce = F.binary_cross_entropy_with_logits(
         logits.float(), (labels == 1).float(), reduction="none")                # [B,q] Eq. 2
     return masked_mean(bce, (labels == 0) | (labels == 1))

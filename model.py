@@ -22,7 +22,7 @@ Differs from the released code:
 - One existence logit instead of a softmax over two: the same function, their difference.
 - Each stream trains a last LayerNorm of its own; the two released streams share one.
 - Initial weights depend on the width of a layer and on the text vectors (`initialise`,
-  `start_from`); released: a deviation of 0.02 in every linear layer.
+  `fit_to_data`); released: a deviation of 0.02 in every linear layer.
 """
 import math
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class MeDSLIPConfig:
     streams: str = "dual"       # dual | single (no mask, no anatomy stream: MedKLIP)
     mask: str = "sigmoid"       # sigmoid | linear | none | hard (0 or 1, straight-through)
     icl: str = "cosine"         # cosine (learned scale, bias) | bare (as printed) | dot (released)
-    existence: str = "embedding"  # embedding (paper) | evidence
+    existence: str = "embedding"  # embedding (paper, old checkpoints) | evidence
     proto_from: str = "queried"   # ProtoCL reads I_q: queried | dropped (after dropout: released)
 
 
@@ -248,7 +248,7 @@ class MeDSLIP(nn.Module):
         return self
 
     @torch.no_grad()
-    def start_from(self, text, pathology_rate, anatomy_rate):
+    def fit_to_data(self, text, pathology_rate, anatomy_rate):
         """Data-dependent start from all text vectors [k,T] and the base rates of the labels.
 
         Queries get mean 0 and variance 1: hashed vectors have norm 1 and BERT's about 15, and

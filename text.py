@@ -30,7 +30,8 @@ from cli import InputError, Parser, run
 
 CLINICAL_BERT = "emilyalsentzer/Bio_ClinicalBERT"  # E_T of the paper [30], T = 768
 
-# existence: 1 present, 0 denied, -1 in doubt. sentence: where it was read, if the rules read it.
+# existence: 1 present, 0 denied, -1 in doubt (in a matrix -1 is: not mentioned)
+# sentence: where it was read, if the rules read it
 Triplet = collections.namedtuple("Triplet", "pathology anatomy existence sentence", defaults=[""])
 
 
@@ -61,7 +62,7 @@ ENDINGS = [("", ""), ("ies", "y"), ("ied", "y"), ("es", ""), ("s", ""), ("ed", "
 
 def swap_sides(name):
     """The same place in a mirrored image: left_pleural <-> right_pleural; a name without a side
-    stays. The mirror of middle_right_lobe or right_atrium has no name (see data.can_mirror)."""
+    stays. middle_right_lobe, right_atrium and right_ventricle have no mirror: data.can_mirror."""
     if "left" in name:  # no name of the vocabulary has both sides
         return name.replace("left", "right")
     return name.replace("right", "left")

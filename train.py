@@ -36,7 +36,7 @@ from text import CLINICAL_BERT
 
 RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets the released value.
     "mask":        ("sigmoid", "linear", "sigmoid"),    # Eq. 1; Sec. II-B.1: M is in 0..1
-    "icl":         ("bare", "dot", "cosine"),           # Eq. 5; the dot starts ICL at about 76
+    "icl":         ("bare", "dot", "cosine"),           # Eq. 5; dots are about 76 at the start
     "existence":   ("embedding", "embedding", "evidence"),  # Eq. 2; ours: see model.Stream
     "unmentioned": ("negative", "ignore", "negative"),  # Sec. II-A, end
     "proto_from":  ("dropped", "dropped", "queried"),   # paper: silent; I_q after or before dropout
@@ -61,23 +61,23 @@ FIXED = {  # what no flag of this file changes: paper, released, here in every r
     "weight decay of biases and norms": ("silent", "none", "none"),
     "a batch of 64 is that of": ("silent", "each process", "all processes"),
 }
-PAPER = dict(  # Table II and Sec. III-B; the released augmentation, dropout, layers and heads
+FULL_SIZE = dict(  # Table II, Sec. III-B; where they are silent as released. With any --recipe
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     alpha=1.0, beta=1.0, crop=0.2, augment_ops=2, queries="published", pathologies=75, anatomies=51,
     text_encoder=CLINICAL_BERT, streams="dual", contrast="prototype", separate=0.0, accumulate=1,
     hold_out="", start_from="", seed=0, out_dir="out", log_every=20, save_every=1000)
-SYNTHETIC = PAPER | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a mean over 570 cells, a
-    # few of them positive: with beta 1 it is learned too slowly
+SYNTHETIC = FULL_SIZE | dict(  # phantoms of 64 pixels on two CPU cores; ICL is a mean over 570
+    # pairs, few of them positive: with beta 1 it is learned too slowly
     epochs=4, batch_size=32, lr=2e-3, warmup_epochs=0.6, backbone="small", image_size=64, dim=96,
     layers=2, dropout=0.0, position="sincos", beta=10.0, crop=0.8, augment_ops=0, queries="corpus",
     text_encoder="hashing")
-ROCO = PAPER | dict(  # figures and captions on one CPU core; with alpha 1 ProtoCL drowns the rest
+ROCO = FULL_SIZE | dict(  # captions, on one CPU core; with alpha 1 ProtoCL drowns the rest
     epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, backbone="resnet18",
     image_size=96, layers=1, dropout=0.0, alpha=0.1, crop=0.5, augment_ops=0, queries="corpus",
     text_encoder="hashing", pathologies=16, anatomies=24)
 FREE = ("resume max_steps out_dir root cache_dir workers device log_every save_every accumulate "
-        "compile").split()  # the flags that --resume may change
+        "compile").split()  # --resume may change these; accumulate, device: not exact
 
 
 def parse_args(argv=None):
@@ -101,12 +101,12 @@ def parse_args(argv=None):
     g.add_argument("--heads", type=number(int, 1), help="of its attention")
     g.add_argument("--dropout", type=number(float, 0, 0.99))
     g.add_argument("--position", choices=["none", "sincos"], help="embedding added to I^raw")
-    g.add_argument("--start-from", metavar="FILE", help="weights to start from, of equal sizes")
+    g.add_argument("--start-from", metavar="FILE", help="copy all weights of FILE at step 0")
     g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: by their width")
     g = p.add_argument_group("ablation (Table VI, and where paper and released code differ)")
-    g.add_argument("--recipe", choices=["ours", "paper", "released"], help="a column of RECIPES")
-    g.add_argument("--streams", choices=["dual", "single"], help="single: without DIS")
-    g.add_argument("--contrast", choices=["prototype", "random", "none"], help="PCL")
+    g.add_argument("--recipe", choices=["ours", "paper", "released"], help="of RECIPES; no sizes")
+    g.add_argument("--streams", choices=["dual", "single"], help="single: no anatomy, no mask")
+    g.add_argument("--contrast", choices=["prototype", "random", "none"], help="prototype: PCL")
     g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1; roco 0.1)")
     g.add_argument("--beta", type=number(float, 0), help="weight of ICL (1; synthetic 10)")
     g.add_argument("--separate", type=number(float, 0), help="weight of the swap loss (0)")
@@ -153,7 +153,7 @@ def resolve(args, saved):
                              f"{v}; leave it out, or start anew in another --out-dir")
     data, recipe = flags.get("data", "synthetic"), flags.get("recipe", "ours")
     column = ["paper", "released", "ours"].index(recipe)
-    defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, PAPER) | {
+    defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, FULL_SIZE) | {
         "data": data, "recipe": recipe}
     defaults |= {k: row[column] for k, row in RECIPES.items() if row[column] != "preset"}
     kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
@@ -206,7 +206,7 @@ def prepare(args, saved, rank, world):
 
 
 def build_model(queries, names, table, rows, args):
-    """A MeDSLIP at its start; with --init-std 0 see `MeDSLIP.start_from`."""
+    """A MeDSLIP at its start; with --init-std 0 see `MeDSLIP.fit_to_data`."""
     torch.manual_seed(args.seed)  # so all processes start from the same weights
     text = torch.cat([queries["pathology"]["text"], queries["anatomy"]["text"]])  # [m+n,T]
     model = MeDSLIP(MeDSLIPConfig(
@@ -222,7 +222,7 @@ def build_model(queries, names, table, rows, args):
         known = labels.numel() if args.unmentioned == "negative" else int((labels >= 0).sum())
         rate = int((labels == 1).sum()) / max(known, 1)
         rates.append(min(max(rate, 0.001), 0.999))  # the start of a bias is the log odds: finite
-    model.start_from(text, *rates)
+    model.fit_to_data(text, *rates)
     return model
 
 
@@ -353,7 +353,7 @@ def main(args):
                     swapped = raw_model.swap(out) if args.separate else None    # [b,n,m]
                 terms = medslip_loss(out, y, pathology_text, anatomy_text, args.alpha, args.beta,
                                      args.contrast, args.unmentioned, swapped, args.separate)
-                scaler.scale(terms["loss"] / args.accumulate).backward()        # Eq. 7
+                scaler.scale(terms["loss"] / args.accumulate).backward()
             losses = losses + torch.stack([v.detach() for v in terms.values()]) / args.accumulate
         scaler.unscale_(optimizer)  # first, so that --clip means the true norm
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)

@@ -5,7 +5,8 @@
 
 Every tensor is printed with its shape and the equation of the paper that makes it. The network is
 the CPU preset's with random weights; the queries are the published 75 pathologies and 51
-anatomies. The functions called here are those that training calls.
+anatomies. `ask` repeats the first lines of MeDSLIP.forward, and the prototypes are made only to be
+shown; the rest is what training calls.
 """
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def ask(model, image, p_text, a_text):
         show(f"I_q^{s}", getattr(out, f"{stream}_queried"), f"Q^{s}(I^{s}, T^{s})")
         show("attention", getattr(out, f"{stream}_attention"), "of each query, over the cells")
         show(f"y_hat^{s}", getattr(out, f"{stream}_logits"), "existence, before the sigmoid")
-        show(f"Z_2^{s}", getattr(out, f"{stream}_z"), f"Linear(I_q^{s}), beside the text vectors")
+        show(f"Z_2^{s}", getattr(out, f"{stream}_z"), f"Linear(I_q^{s}), compared with E_T")
     show("evidence", out.pathology_evidence, "softmax of the log odds that make y_hat^p")
     return out
 
@@ -83,15 +84,15 @@ def sum_losses(out, y, p_text, a_text):
     y_p, y_a = image_labels(y)
     places = present.transpose(1, 2) @ a_text / present.sum(1).clamp(min=1)[..., None]
     findings = present @ p_text / present.sum(2).clamp(min=1)[..., None]
-    show("y^p", y_p, f"y over the anatomies: {(y_p == 1).sum()} present")
-    show("y^a", y_a, f"y over the pathologies: {(y_a == 1).sum()} present")
+    show("y^p", y_p, f"1 if y has it at any anatomy: {(y_p == 1).sum()} present")
+    show("y^a", y_a, f"1 if y has any pathology there: {(y_a == 1).sum()} present")
     show("P^a", places, "mean of the E_T(a) where y holds the pathology (Eq. 3)")
     show("P^p", findings, "mean of the E_T(p) that y holds at the anatomy (Eq. 3)")
     show("S^a,p", out.relation_logits, "<Z_1^a, Z_1^p>, scaled and shifted (Eq. 5)")
     loss = medslip_loss(out, y, p_text, a_text)
     for name, key, meaning in (
             ("L_Exist", "existence", "BCE(y_hat^p, y^p) + BCE(y_hat^a, y^a) (Eq. 2)"),
-            ("L_ProtoCL", "protocl", "-log softmax of Z_2 . P among 7 Z_2 . T^-, p and a (Eq. 4)"),
+            ("L_ProtoCL", "protocl", "-log softmax: Z_2 . P against 7 negatives (Eq. 4)"),
             ("L_ICL", "icl", "BCE(S^a,p, y) (Eq. 6)"),
             ("L", "loss", "their sum (Eq. 7 at alpha = beta = 1)")):
         print(f"  {name:<11} {loss[key]:<10.4f} {meaning}")

@@ -33,7 +33,7 @@ def save_model(path, streams="dual", **changes):
                "anatomy": text.anatomy_prompts(NAMES["anatomy"])}
     queries = {kind: {"names": NAMES[kind], "prompts": prompts[kind],
                       "text": text.encode_text(prompts[kind], "hashing")} for kind in NAMES}
-    model.start_from(torch.cat([queries[kind]["text"] for kind in NAMES]), 0.1, 0.1)
+    model.fit_to_data(torch.cat([queries[kind]["text"] for kind in NAMES]), 0.1, 0.1)
     torch.save({"model": model.state_dict(), "config": asdict(model.config), "args": {"beta": 1.0},
                 "queries": {"encoder": "hashing", **queries}, **changes}, path)
 

@@ -199,10 +199,10 @@ def test_relation():
 
 @pytest.mark.parametrize("existence, bias", [("embedding", "existence.bias"),
                                              ("evidence", "existence_bias")])
-def test_start_from(existence, bias):
+def test_fit_to_data(existence, bias):
     model, (_, p_text, a_text), _ = ask(existence=existence)
     text = 15 + torch.cat([p_text, a_text])  # a large common part, like BERT's
-    model.start_from(text, 0.2, 0.3)
+    model.fit_to_data(text, 0.2, 0.3)
     queries = model.text_projection(text)                                       # [k,D]
     assert queries.mean(0).abs().max() < 1e-4
     assert queries.std().item() == pytest.approx(1, abs=1e-4)

@@ -68,7 +68,7 @@ def test_start_from_another_run(phantoms, tmp_path):
     second = run_here(phantoms, tmp_path / "second", *flags, "--lr", "0", "--min-lr", "0")
     assert all(torch.equal(first["model"][k], second["model"][k]) for k in first["model"]
                if "running" not in k and "batches" not in k)  # those of batch norm move on
-    with pytest.raises(InputError, match="other sizes"):
+    with pytest.raises(InputError, match="does not fit"):
         run_here(phantoms, tmp_path / "third", *flags, "--dim", "32")
 
 
