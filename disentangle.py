@@ -3,7 +3,7 @@
     python evaluate.py --task embedding             # prints and draws all of them
     python -m pytest tests/test_disentangle.py      # each of them on cases that a pencil can check
 
-The paper shows three pictures (Figs. 5, 6, 8). Here are what a picture cannot show: probes, CKA,
+The paper shows three pictures (Figs. 5, 6, 8). Here is what a picture cannot show: probes, CKA,
 the swap test and counterfactual films. N films, L labels, n anatomies, m pathologies, P pairs.
 """
 import copy

@@ -1,4 +1,4 @@
-"""MeDSLIP's three losses and their sum as functions of tensors (arXiv 2403.10635, Eqs. 2-4, 6, 7).
+"""MeDSLIP's three losses, the swap loss and their sum as functions of tensors (Eqs. 2-4, 6, 7).
 
     from losses import medslip_loss
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
@@ -82,8 +82,8 @@ def swap_loss(swapped_logits, existence):
 
     swapped_logits [B,n,m] relate film b's pathology embeddings to the anatomy embeddings of film
     b - 1; existence [B,n,m] of the films themselves. A pair is present where the pathology is
-    anywhere in film b and something is at the anatomy in film b - 1. So the pathology embedding can
-    only say what, and the anatomy embedding only where.
+    anywhere in film b and something is at the anatomy in film b - 1. So an embedding gains nothing
+    by saying the other thing.
     """
     pathology, anatomy = image_labels(existence)                                # [B,m], [B,n]
     anatomy = anatomy.roll(1, 0)

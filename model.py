@@ -15,7 +15,7 @@ Differs from the paper:
 - `existence="evidence"` takes the existence logit from the scores of the first layer over the
   image's cells, and the map is the derivative of the logit (see `Stream.evidence`). The paper
   has a linear layer on the queried embedding: `existence="embedding"`.
-- A fixed 2-D position embedding may be added to I^raw (`position`, on in the CPU preset).
+- A fixed 2-D position embedding may be added to I^raw (`position`, on for phantoms).
 Differs from the released code:
 - The mask passes a sigmoid as in the paper; released: no activation (`mask="linear"`).
 - ICL has the paper's projections Z1; released: a plain dot product (`icl="dot"`).
@@ -36,7 +36,7 @@ from torchvision.models.resnet import BasicBlock
 
 @dataclass
 class MeDSLIPConfig:
-    backbone: str = "resnet50"  # resnet50 | resnet18 (both up to layer3) | small (CPU preset)
+    backbone: str = "resnet50"  # resnet50 | resnet18 (both up to layer3) | small (phantoms)
     image_size: int = 224       # pixels it was trained at; the network itself takes any size
     dim: int = 256              # D
     layers: int = 4             # of each query network

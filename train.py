@@ -51,9 +51,10 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "alpha":       (1.0, 1.0, "preset"),                # Table II; preset: by the data, see below
     "beta":        (1.0, 1.0, "preset"),                # likewise
 }
-FIXED = {  # what no flag of this file changes: paper, released, here in every recipe
+FIXED = {  # what no recipe sets: paper, released, here
     "triplets": ("RadGraph's", "RadGraph's", "by rules, or as --triplets says"),
     "places n": ("50", "51", "51, or as --queries says"),
+    "text vectors of ProtoCL": ("after h_T", "frozen", "frozen"),
     "denominator of Eq. 4": ("negatives", "prototype and negatives", "prototype and negatives"),
     "mean of Eq. 6 over": ("all cells", "mentioned cells", "as --unmentioned says"),
     "last LayerNorm": ("silent", "shared by the streams", "one per stream"),

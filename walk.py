@@ -4,7 +4,7 @@
     python walk.py --seed 3     # another one
 
 Every tensor is printed with its shape and the equation of the paper that makes it. The network is
-the CPU preset's with random weights; the queries are the published 75 pathologies and 51
+that of the phantoms with random weights; the queries are the published 75 pathologies and 51
 anatomies. `ask` repeats the first lines of MeDSLIP.forward, and the prototypes are made only to be
 shown; the rest is what training calls.
 """
