@@ -111,7 +111,7 @@ def losses_step(case, args, device):
 
 
 def data_step(case, args, device):
-    """-> a training batch of stored images with six triplets each, augmented as released, sides exchanged."""
+    """-> a training batch of stored images with six triplets each, augmented as released."""
     images = np.random.default_rng(0).integers(0, 256, (args.batch_size, 256, 256), np.uint8)
     triplets = [Triplet(PATHOLOGIES[k], ANATOMIES[k], 1) for k in range(6)]
     table = SimpleNamespace(images=images, has_report=images.any((1, 2)),
