@@ -9,9 +9,9 @@ formats/prepare.py decodes every image to S x S pixels and turns every report in
 This file makes a Table of both and serves augmented batches.
 
 Differs from the released code:
-- Images are decoded and squashed to S x S once, S = 256 (phantoms 64) or what the model takes. The released
-  loader decodes the full-size file in every epoch, about 90 times the work (bench.py). So crops are
-  cut from the squashed image, and small ones are less sharp than the released ones.
+- Images are decoded and squashed to S x S once; S is 256 (phantoms 64), or more if the model takes
+  more. The released loader decodes the full-size file in every epoch, about 90 times the work
+  (bench.py). So crops are cut from the squashed image, and small ones are less sharp.
 - A mirrored image has left and right exchanged in its triplets; the released code mirrors only the
   pixels, although 25 of the 51 anatomies have a side.
 """
