@@ -8,8 +8,7 @@ Dropout and drawn negatives depend on (seed, step, part of the batch) alone, the
 on (seed, epoch), their augmentation on (seed, epoch, row). So a resumed run repeats an
 uninterrupted one (on a CPU to the last bit), and two processes learn the weights that one learns
 with `--accumulate 2`; the running statistics of batch norm are those of the first process.
-`--recipe` sets the rows of RECIPES. The other files say at their top where they differ from paper
-and released code.
+`--recipe` sets the rows of RECIPES. The other files say at their top where they differ.
 """
 import json
 import math
