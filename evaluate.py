@@ -96,12 +96,13 @@ def classification(args, model, table, rows):
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
     labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
-    asked = [columns[name] for name in labels]
+    # every stored query is asked, as queries look at each other; these columns are read
+    asked = [columns[name] for name in labels]                                  # [L]
     pick = lambda out: {"scores": out.pathology_logits[:, asked].double().sigmoid()}
     truth = table.labels[rows]                                                  # [N,L]
     scores = ask(args, model, table.images, rows, texts, pick)["scores"]        # [N,L]
     held = table.rows("validate")[:args.limit]
-    held = held[(table.labels[held] >= 0).any(1)]
+    held = held[(table.labels[held] >= 0).any(1)]  # the others tell nothing of a threshold
     thresholds, source = np.full(len(names), None), args.split  # None: the best on what is scored
     if len(held):
         held_scores = ask(args, model, table.images, held, texts, pick)["scores"]
@@ -140,7 +141,7 @@ def masks_of(table, row):
     masks = []
     for label in table.located(row):
         mask = metrics.nearest(table.mask(row, label), table.size, table.size)  # [H,W] -> [S,S]
-        if mask.any():
+        if mask.any():  # a thin one may fall between the stored pixels
             masks.append((label, mask))
     return masks
 
@@ -175,6 +176,7 @@ def grounding(args, model, table, rows):
     if not tuned:  # nothing is located there: tuned on what is scored
         tuned, source = found, args.split
     threshold = metrics.best_dice_threshold([f.heat for f in tuned], [f.mask for f in tuned])
+    # the trivial answer: where a label mostly lies; 2,000 images are enough for a mean
     fixed = metrics.fixed_answers(masks_of(table, row) for row in table.rows("train")[:2000])
     each = np.array([metrics.all_scores(f, fixed, threshold) for f in found])   # [findings,4,5]
     patients = np.array(table.patients)[[f.row for f in found]]
@@ -203,7 +205,7 @@ def faithfulness(args, model, found, texts, columns):
     """How far a finding's logit falls when the k cells of `metrics.deletions` are blurred. Means
     over findings, {"4": {"map": ...}}."""
     rng, size, drops = np.random.default_rng(args.seed), args.image_size, []
-    for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten images each
+    for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten passes each
         film = data.to_input(torch.tensor(f.film)[None], size)[0]               # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
         films = [film]  # the whole film first
@@ -226,7 +228,9 @@ def relation(args, model, table, rows):
     positive = sum(table.existence([i], *names)[0] == 1 for i in train)         # [n,m]
     often = np.broadcast_to(positive / max(len(train), 1), truth.shape)         # [N,n,m]
     partner = {name: i for i, name in enumerate(names[1])}  # {anatomy: its row}
-    mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])  # [n]
+    # [n]: the anatomy on the other side, or the same one where there is none
+    mirror = np.array([partner.get(swap_sides(name), i) for name, i in partner.items()])
+    # the second trivial answer knows what a film shows, but not where
     answers = {"model": said["pairs"], "cell frequencies in train": often,
                "true existence x frequency": (truth == 1).any(1, keepdims=True) * often}
     scores = {name: metrics.relation_scores(truth, x, mirror) for name, x in answers.items()}
@@ -236,7 +240,7 @@ def relation(args, model, table, rows):
              "frequencies": metrics.place_scores(truth, often)}
     print_table("places, Z2 . T", place, ("top1", "recall", "n", "n_several"))
     drawn, apart = table.truth(train, *names), {}                               # [.,n,m] or None
-    if drawn is not None:
+    if drawn is not None:  # the hard world keeps some pairs out of its training films
         apart = metrics.scores_apart(truth, (drawn == 1).any(0), said["existence"],
                                      said["places"])
         print_table("cells", apart, ("auroc", "place_top1", "n"))
@@ -314,7 +318,7 @@ def main(args):
     if not len(rows):
         raise InputError(f"{args.dataset} has no {args.split} split; name another by --split")
     result, arrays, draw = TASKS[args.task](args, model, table, rows)
-    if "published" in result:
+    if "published" in result:  # by the released rules, beside the honest ones
         keys = [key for key in result["published"] if key != "how"]
         print_table("", {"as published": result["published"]}, keys)
         print(result["published"]["how"])
