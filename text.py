@@ -226,11 +226,6 @@ def existence_matrix(triplets, pathologies, anatomies, blank=-1):
     return matrix
 
 
-def most_frequent(counts, k):
-    """The k names that count most; ties by the alphabet, so the order of reports is no matter."""
-    return sorted(counts, key=lambda name: (-counts[name], name))[:k]
-
-
 def top_queries(triplets, m, n):
     """The m pathologies and n anatomies with most definite mentions, as lists (Sec. II-A)."""
     pathologies, anatomies = collections.Counter(), collections.Counter()
@@ -238,6 +233,9 @@ def top_queries(triplets, m, n):
         if t.existence >= 0:  # present or denied
             pathologies[t.pathology] += 1
             anatomies[t.anatomy] += 1
+
+    def most_frequent(counts, k):  # ties by the alphabet, so the order of reports is no matter
+        return sorted(counts, key=lambda name: (-counts[name], name))[:k]
     return most_frequent(pathologies, m), most_frequent(anatomies, n)
 
 

@@ -8,7 +8,8 @@ Dropout and drawn negatives depend on (seed, step, part of the batch) alone, the
 on (seed, epoch), their augmentation on (seed, epoch, row). So a resumed run repeats an
 uninterrupted one (on a CPU to the last bit), and two processes learn the weights that one learns
 with `--accumulate 2`; the running statistics of batch norm are those of the first process.
-`--recipe` sets the rows of RECIPES. The other files say at their top where they differ.
+`--recipe` sets the rows of RECIPES; RESULTS.md lists what no recipe sets. The other files say at
+their top where they differ.
 """
 import json
 import math
@@ -49,17 +50,6 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "amp":         ("off", "off", "auto"),              # paper: silent; released: fp32
     "alpha":       (1.0, 1.0, "preset"),                # Table II; preset: by the data, see below
     "beta":        (1.0, 1.0, "preset"),                # likewise
-}
-FIXED = {  # what no recipe sets: paper, released, here
-    "triplets": ("RadGraph's", "RadGraph's", "by rules, or as --triplets says"),
-    "places n": ("50", "51", "51, or as --queries says"),
-    "text vectors of ProtoCL": ("after h_T", "frozen", "frozen"),
-    "denominator of Eq. 4": ("negatives", "prototype and negatives", "prototype and negatives"),
-    "mean of Eq. 6 over": ("all cells", "mentioned cells", "as --unmentioned says"),
-    "last LayerNorm": ("silent", "shared by the streams", "one per stream"),
-    "prompts cut at": ("silent", "128 tokens, in tests 64", "the encoder's limit"),
-    "weight decay of biases and norms": ("silent", "none", "none"),
-    "a batch of 64 is that of": ("silent", "each process", "all processes"),
 }
 FULL_SIZE = dict(  # Table II, Sec. III-B; where they are silent as released. With any --recipe
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,

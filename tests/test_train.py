@@ -169,7 +169,7 @@ def test_two_processes_repeat_one(phantoms, tmp_path):
     flags = ["--max-steps", "4", "--dropout", "0.1"]
     one = run_here(phantoms, tmp_path / "one", *flags, "--accumulate", "2")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--master_port=29517", "train.py", "--root", str(phantoms), "--out-dir",
+               "--standalone", "train.py", "--root", str(phantoms), "--out-dir",
                str(tmp_path / "two"), *TINY, *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
