@@ -210,7 +210,7 @@ def ask(args, model, images, rows, texts, pick):
     images uint8 [N,S,S]. In fp32: with bf16 the answers would depend on the batch size."""
     parts = []
     for start in range(0, len(rows), args.batch_size):
-        batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(args.device)
+        batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(texts[0].device)
         with torch.inference_mode():
             x = to_input(batch, args.image_size)                           # [B,3,H,W]
             picked = pick(model(x, *texts, need_attention=True))

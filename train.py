@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import build_queries, copy_weights, training_state
+from checkpoint import ask, build_queries, copy_weights, training_state
 from cli import (InputError, Parser, atomic, ignore_signals, join_processes, number, open_log,
                  pick_amp, run)
-from data import DATASETS, Batches, add_data_flags, load_from_args, normalise, to_input
+from data import DATASETS, Batches, add_data_flags, load_from_args, normalise
 from losses import image_labels, medslip_loss
 from metrics import classification_scores
 from model import MeDSLIP, MeDSLIPConfig
@@ -216,25 +216,21 @@ def build_model(queries, names, table, rows, args):
     return model
 
 
-@torch.inference_mode()
 def validate(model, table, queries, args, autocast):
     """Macro AUROC of pathology existence by the validation reports; 0 where there are none."""
     rows = np.flatnonzero((table.splits == "validate") & table.has_report)
     if not len(rows):
         return 0.0
-    kinds, scores = [queries["pathology"], queries["anatomy"]], []
-    texts = [kind["text"].to(model.text_projection.weight.device) for kind in kinds]
+    kinds, device = [queries["pathology"], queries["anatomy"]], model.text_projection.weight.device
     existence = torch.from_numpy(table.existence(rows, *[kind["names"] for kind in kinds]))
     labels = image_labels(existence)[0]                                         # [N,m]
     if args.unmentioned == "negative":  # scored by the labels that it learns
         labels = labels.clamp(min=0)
     model.eval()  # no dropout; batch norm by its running statistics
-    for chunk in np.split(rows, range(64, len(rows), 64)):  # in parts, to save memory
-        images = torch.from_numpy(table.images[chunk]).to(texts[0].device)      # [b,S,S]
-        with autocast:
-            out = model(to_input(images, model.config.image_size), *texts)
-        scores.append(out.pathology_logits.float().cpu())                       # [b,m]
-    return classification_scores(labels.numpy(), torch.cat(scores).numpy())["auroc"] or 0.0
+    with autocast:
+        answers = ask(args, model, table.images, rows, [kind["text"].to(device) for kind in kinds],
+                      lambda out: {"logits": out.pathology_logits.float()})
+    return classification_scores(labels.numpy(), answers["logits"])["auroc"] or 0.0
 
 
 # ------------------------------------------------------------------------------------------ the run
