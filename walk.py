@@ -5,8 +5,8 @@
 
 Every tensor is printed with its shape and the equation of the paper that makes it. The network is
 that of the phantoms with random weights; the queries are the published 75 pathologies and 51
-anatomies. `ask` repeats the first lines of MeDSLIP.forward, and the prototypes are made only to be
-shown; the rest is what training calls.
+anatomies. Features, mask and prototypes are made a second time, to be shown; the rest is what
+training calls.
 """
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from cli import Parser, atomic, number, run
 from data import to_input
 from formats.images import read_image
 from losses import image_labels, medslip_loss
-from model import MeDSLIP, MeDSLIPConfig, position_embedding
+from model import MeDSLIP, MeDSLIPConfig
 from reports import extract_triplets
 from text import (ANATOMIES, PATHOLOGIES, anatomy_prompts, encode_text, existence_matrix,
                   pathology_prompts)
@@ -49,21 +49,19 @@ def read_report(report):
     return y
 
 
-def ask(model, image, p_text, a_text):
-    """What happens within model(...): step by step up to Eq. 1, then its output field by field."""
+def look(model, image, p_text, a_text):
+    """What happens within model(...), from its features to its answers. Returns its output."""
     print("image (Sec. II-B.1): model.py")
     first, stride = model.cell_centres()
-    features = model.backbone(image)                                            # [B,C,h,w]
-    h, w = features.shape[-2:]
-    raw = features.flatten(2).transpose(1, 2) + position_embedding(h, w, features.shape[1])
-    x_p, x_a = model.disentangle(raw)                                           # [B,h*w,C] each
+    out = model(image, p_text, a_text, need_attention=True)
+    raw = out.raw_features                                                      # [B,h*w,C]
     show("image", image, "B,3,H,W: ImageNet's mean and deviation taken out")
-    show("E_I(image)", features, f"B,C,h,w: one cell every {stride} pixels, the first at {first}")
+    show("E_I(image)", model.backbone(image),
+         f"B,C,h,w: one cell every {stride} pixels, the first at {first}")
     show("I^raw", raw, "B,h*w,C: one token per cell, its position embedding added")
     show("M", model.mask(raw).sigmoid(), "sigmoid(Linear(I^raw)), in 0..1")
-    show("I^p", x_p, "M * I^raw (Eq. 1)")
-    show("I^a", x_a, "(1 - M) * I^raw (Eq. 1)")
-    out = model(image, p_text, a_text, need_attention=True)
+    show("I^p", out.pathology_features, "M * I^raw (Eq. 1)")
+    show("I^a", out.anatomy_features, "(1 - M) * I^raw (Eq. 1)")
     for s, stream, vectors in (("p", "pathology", p_text), ("a", "anatomy", a_text)):
         print(f"{stream} stream (Sec. II-B.2)")
         show(f"T^{s}", model.text_projection(vectors), f"h_T(E_T({s})): the queries")
@@ -116,7 +114,7 @@ def main(args):
     model = MeDSLIP(MeDSLIPConfig("small", image_size=64, dim=96, layers=2, position=True,
                                   existence="evidence")).eval()
     image = to_input(torch.tensor(pixels)[None], 64)                            # [1,3,64,64]
-    out = ask(model, image, p_text, a_text)
+    out = look(model, image, p_text, a_text)
     sum_losses(out, y, p_text, a_text)
     print(f"the film, its findings and its matrix: {out_dir / 'walk.png'}")
 
