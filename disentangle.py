@@ -147,9 +147,9 @@ def embedding(args, model, table, rows):
         networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
     result, stages = {"n": len(rows)}, {}
     for title, network in networks.items():
-        stages[title] = ask(args, network, table.images, rows, texts, stages_of)
+        stages[title] = said = ask(args, network, table.images, rows, texts, stages_of)
         # the mean over queries is as wide as a token: both probes see D numbers, of features C
-        means = {name: x.mean(1) if x.ndim == 3 else x for name, x in stages[title].items()}
+        means = {name: x.mean(1) if x.ndim == 3 else x for name, x in said.items()}
         auroc = classification_scores(labels, means.pop("pathology_logits")[:, asked], 0)["auroc"]
         tests = {"existence": {"pathology": {"auroc": auroc}},
                  "probes": {name: {what: probe(x, y, patients) for what, y in targets.items()}
@@ -160,7 +160,7 @@ def embedding(args, model, table, rows):
                 x, y = means[f"pathology_{level}"], means[f"anatomy_{level}"]   # [N,D] each
                 tests["cka"][level] = {"cka": cka(x, y), "permuted": cka(x, rng.permutation(y))}
         if has_icl(model) and pairs is not None:
-            tests["swap"] = swap_shares(network.relate, stages[title], pairs, args.seed, args.device)
+            tests["swap"] = swap_shares(network.relate, said, pairs, args.seed, args.device)
         if hasattr(model, "mask"):
             cells = ask(args, network, table.images, rows[:100], texts, lambda out: {
                 "raw": out.raw_features, "masked": out.pathology_features})     # [100,h*w,C] each

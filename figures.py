@@ -13,6 +13,8 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 plt.switch_backend("Agg")  # draws into files, also where there is no screen
+plt.rcParams.update({"axes.titlesize": 9, "figure.titlesize": 9, "legend.fontsize": 8,
+                     "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8})
 BLUE, GRAY = "#2b6cb0", "#b8c2cc"
 COLOURS = plt.get_cmap("tab20")
 
@@ -39,7 +41,7 @@ def show_film(axis, film, title, heat=None, mask=None, region=None):
     [h,w] > 0.5. The unit square holds all, as their grids differ."""
     frame = {"extent": (0, 1, 1, 0), "aspect": film.shape[0] / film.shape[1]}
     axis.imshow(film, cmap="gray", **frame)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title)
     axis.axis("off")
     if heat is not None:
         heat = heat / max(heat.max(), 1e-12)  # where it is 0 the film shows
@@ -59,15 +61,15 @@ def gallery(path, films, title):
     for axis, film in zip(axes.flat, films):
         show_film(axis, **film)
     plt.setp(axes.flat[len(films):], visible=False)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title)
     finish(figure, path)
 
 
 def show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies, **style):
     """Some rows and columns of matrix [n,m] with their names; style as imshow takes it."""
-    axis.set_title(title, fontsize=9)
-    axis.set_xticks(range(len(columns)), [pathologies[j] for j in columns], rotation=90, fontsize=8)
-    axis.set_yticks(range(len(rows)), [anatomies[i] for i in rows], fontsize=8)
+    axis.set_title(title)
+    axis.set_xticks(range(len(columns)), [pathologies[j] for j in columns], rotation=90)
+    axis.set_yticks(range(len(rows)), [anatomies[i] for i in rows])
     return axis.imshow(matrix[rows][:, columns], aspect="auto", vmin=0, **style)
 
 
@@ -117,19 +119,18 @@ def show_cloud(axis, points, group, names, title):
     axis.scatter(*points[group < 0].T, color=GRAY, s=6, linewidths=0)
     for k, name in enumerate(names):
         axis.scatter(*points[group == k].T, color=COLOURS(k % 20), s=6, linewidths=0, label=name)
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=10)
+    axis.set(xticks=[], yticks=[], title=title)
 
 
 def show_shares(axis, shares, keys, low, title):
     """A dot, from `low` on, for each key in each row of shares {row: {key: a share or None}}."""
     for k, key in enumerate(keys):
-        dots = np.array([row[key] for row in shares.values()], float)
+        dots = np.array([row[key] for row in shares.values()], float)  # None: no dot
         axis.plot(dots, list(shares), "o", color=COLOURS(k), label=key)
-    axis.set(xlim=(low, 1.02), ylim=(len(shares) - 0.5, -0.5))  # the first row at the top
+    # the first row at the top
+    axis.set(xlim=(low, 1.02), ylim=(len(shares) - 0.5, -0.5), title=title)
     axis.grid(axis="y")
-    axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_embedding(path, stages, asked, names, labels, result):
@@ -138,24 +139,26 @@ def draw_embedding(path, stages, asked, names, labels, result):
     it is written."""
     figure, axes = canvas(2, 5, 27, 9)
     for row, title in zip(axes, ("trained", "untrained")):
-        queried = stages[title]["pathology_queried"][:, asked]                  # [N,L,D]
+        said = stages[title]
+        queried = said["pathology_queried"][:, asked]                           # [N,L,D]
         points = flatten(queried.reshape(-1, queried.shape[2])[:2000])  # more would take minutes
         query = np.arange(len(points)) % len(asked)  # in the order of the points: film by film
         present = labels.ravel()[:len(points)] == 1
         show_cloud(row[0], points, query, names, f"Fig. 6, {title}: by query")
         show_cloud(row[1], points, np.where(present, query, -1), names,
                    f"Fig. 5, {title}: gray if the film does not show it")
-        if "anatomy_features" in stages[title]:
-            both = [stages[title][f"{stream}_features"][:500] for stream in ("pathology", "anatomy")]
-            show_cloud(row[2], flatten(np.concatenate(both)), np.repeat([0, 1], len(both[0])),
-                       ("I^p", "I^a"), f"Fig. 8, {title}: features by stream")
-            row[2].legend(fontsize=8, frameon=False)
+        if "anatomy_features" in said:
+            both = np.stack([said["pathology_features"][:500], said["anatomy_features"][:500]])
+            stream = np.repeat([0, 1], both.shape[1])
+            show_cloud(row[2], flatten(both.reshape(-1, both.shape[2])), stream, ("I^p", "I^a"),
+                       f"Fig. 8, {title}: features by stream")
+            row[2].legend()
         probes, swap = result[title]["probes"], result[title].get("swap")
         show_shares(row[3], probes, list(probes["raw_features"]), 0.5, f"{title}, probes: AUROC")
         if swap:
             show_shares(row[4], swap, ("A,A", "B,A", "A,B", "B,B"), 0,
                         f"swap test, {title}: film of the pathology, of the place")
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
+    axes[0, 0].legend(loc="center right", bbox_to_anchor=(0, 0.5))
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
     finish(figure, path)

@@ -29,7 +29,7 @@ def auroc(labels, scores):
 
 
 def class_scores(labels, scores, threshold):
-    """`classification_scores` of one class, [N]; all None without both kinds."""
+    """`classification_scores` of one class [N]."""
     labels, scores = labels[labels >= 0], scores[labels >= 0]
     counts = {"n_pos": int(labels.sum()), "n": len(labels)}
     if counts["n_pos"] in (0, len(labels)):
@@ -51,10 +51,9 @@ def classification_scores(labels, scores, threshold=None, names=None):
     labels, scores = np.asarray(labels), np.asarray(scores, float)
     if labels.ndim == 1:
         return class_scores(labels, scores, threshold)
+    each = zip(labels.T, scores.T, np.broadcast_to(threshold, labels.shape[1]))
     names = range(labels.shape[1]) if names is None else names
-    each = np.broadcast_to(threshold, len(names))                               # [L]
-    per_class = {str(name): class_scores(labels[:, k], scores[:, k], each[k])
-                 for k, name in enumerate(names)}
+    per_class = {str(name): class_scores(*columns) for name, columns in zip(names, each)}
     means = {key: mean_or_none([one[key] for one in per_class.values()])
              for key in ("auroc", "ap", "f1", "acc")}
     return {"threshold": {name: one["threshold"] for name, one in per_class.items()},
@@ -112,12 +111,11 @@ def auroc_healthy(labels, scores, names):
 
 
 def released_scores(labels, scores):
-    """Means over the classes of [N,L] as the released scripts compute them; "how" says how."""
+    """Means over the classes of [N,L] as released: F1 at each one's best threshold on these very
+    labels, ACC of what lies above it, not at it."""
     best, thresholds = classification_scores(labels, scores), best_thresholds(labels, scores)
-    above = classification_scores(labels, scores, np.nextafter(thresholds, np.inf))  # > for >=
-    return {"how": "mean of all labels, F1 at each one's best threshold on these very images, "
-                   "ACC of what lies above that threshold, not at it",
-            "auroc": best["auroc"], "f1": best["f1"], "acc": above["acc"]}
+    above = classification_scores(labels, scores, np.nextafter(thresholds, np.inf))
+    return {"auroc": best["auroc"], "f1": best["f1"], "acc": above["acc"]}
 
 
 SCORES = ("pointing_game", "pointing_within_cell", "pointing_released", "iou", "dice")
@@ -191,8 +189,7 @@ def score_maps(maps, mask, h, w):
 
 
 def grounding_scores(attention, masks, threshold):
-    """Means of `score_maps` over maps [h,w] and their masks [H,W], without the empty masks, at
-    `threshold` of each map's maximum."""
+    """Means of `score_maps` over maps [h,w] and their masks [H,W], but for empty masks."""
     each = []
     for cells, mask in zip(attention, masks):
         cells, mask = np.asarray(cells, float), np.asarray(mask) > 0
@@ -228,12 +225,13 @@ def all_scores(finding, fixed, threshold):
 
 
 def grounding_summary(labels, each, patients, n=1000, seed=0):
-    """Of findings with labels [n], `all_scores` each [n,5,5] and patients [n]: means over all and
-    `per_class`, the class whose map points worst, and intervals over patients."""
+    """Means of `all_scores` each [n,5,5] over all findings, `per_class` by labels [n], the class
+    whose map points worst, and intervals over patients [n]."""
     def means(rows):  # [k,5,5]
-        model, released, *trivial = [dict(zip(SCORES, row)) for row in rows.mean(0).tolist()]
-        return {**model, "n": len(rows), "released": released,
-                "trivial": dict(zip(ANSWERS[2:], trivial))}
+        scores = [dict(zip(SCORES, row)) for row in rows.mean(0).tolist()]
+        answers = dict(zip(ANSWERS, scores))
+        return {**answers.pop("model"), "n": len(rows), "released": answers.pop("released"),
+                "trivial": answers}
 
     per_class = {str(name): means(each[labels == name]) for name in np.unique(labels)}
     worst = min(per_class, key=lambda name: per_class[name]["pointing_within_cell"])
