@@ -13,18 +13,15 @@ import numpy as np
 from sklearn.manifold import TSNE
 
 plt.switch_backend("Agg")  # draws into files, also where there is no screen
-plt.rcParams.update({"axes.titlesize": 9, "figure.titlesize": 9, "legend.fontsize": 8,
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 130,
+                     "axes.titlesize": 9, "figure.titlesize": 9, "legend.fontsize": 8,
                      "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8})
 BLUE, GRAY = "#2b6cb0", "#b8c2cc"
 COLOURS = plt.get_cmap("tab20")
 
 
-def canvas(rows, columns, width, height):  # in inches
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
-
-
 def finish(figure, path):
-    figure.savefig(path, dpi=130, format="png")  # the name of a draft does not end in .png
+    figure.savefig(path, format="png")  # the name of a draft does not end in .png
     plt.close(figure)
 
 
@@ -57,7 +54,7 @@ def show_film(axis, film, title, heat=None, mask=None, region=None):
 def gallery(path, films, title):
     """Films, five a row; films: list of dicts of what `show_film` takes."""
     rows, columns = math.ceil(len(films) / 5), min(5, len(films))
-    figure, axes = canvas(rows, columns, 3 * columns, 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.4 * rows), squeeze=False)
     for axis, film in zip(axes.flat, films):
         show_film(axis, **film)
     plt.setp(axes.flat[len(films):], visible=False)
@@ -77,7 +74,7 @@ def draw_walk(path, film, findings, y, pathologies, anatomies):
     """A film [S,S], its findings (phantom.Finding), and the rows and columns of y [n,m] (1, 0, -1
     not mentioned) that its report mentions."""
     rows, columns = np.flatnonzero((y >= 0).any(1)), np.flatnonzero((y >= 0).any(0))
-    figure, [[plain, outlined, matrix]] = canvas(1, 3, 10 + 0.3 * len(columns), 4.5)
+    figure, [plain, outlined, matrix] = plt.subplots(1, 3, figsize=(10 + 0.3 * len(columns), 4.5))
     show_film(plain, film, "film")
     show_film(outlined, film, "findings")
     for k, finding in enumerate(findings):
@@ -92,7 +89,7 @@ def draw_walk(path, film, findings, y, pathologies, anatomies):
 def draw_classes(path, per_class):
     """The AUROC of each class with its interval (Fig. 4)."""
     shown = sorted((c["auroc"], name) for name, c in per_class.items() if c["auroc"] is not None)
-    figure, [[bars]] = canvas(1, 1, 7, max(4.5, 0.24 * len(shown) + 1))
+    figure, bars = plt.subplots(figsize=(7, max(4.5, 0.24 * len(shown) + 1)))
     for k, (auroc, name) in enumerate(shown):
         bars.barh(k, auroc - 0.5, left=0.5, color=BLUE)
         interval = np.array(per_class[name]["auroc_ci95"], float)  # None, where unknown: no line
@@ -106,12 +103,18 @@ def draw_classes(path, per_class):
 def draw_relation(path, truth, predicted, pathologies, anatomies):
     """How often each pair [n,m] is true and predicted, for what occurs."""
     rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
-    figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
+    size = 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows)  # in inches
+    figure, axes = plt.subplots(1, 2, figsize=size)
     titles, most = ("true: share of films", "predicted: mean probability"), truth.max() or 1
-    for axis, title, matrix in zip(axes[0], titles, (truth, predicted)):
+    for axis, title, matrix in zip(axes, titles, (truth, predicted)):
         picture = show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies, vmax=most)
-    figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8)
+    figure.colorbar(picture, ax=axes, shrink=0.8)
     finish(figure, path)
+
+
+def flatten(points):
+    """t-SNE: [k,D] -> [k,2]."""
+    return TSNE(perplexity=min(30, len(points) / 4), random_state=0).fit_transform(points)
 
 
 def show_cloud(axis, points, group, names, title):
@@ -128,7 +131,7 @@ def show_shares(axis, shares, keys, low, title):
         dots = np.array([row[key] for row in shares.values()], float)  # None: no dot
         axis.plot(dots, list(shares), "o", color=COLOURS(k), label=key)
     # the first row at the top
-    axis.set(xlim=(low, 1.02), ylim=(len(shares) - 0.5, -0.5), title=title)
+    axis.set(xlim=(low - 0.02, 1.02), ylim=(len(shares) - 0.5, -0.5), title=title)
     axis.grid(axis="y")
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -137,7 +140,7 @@ def draw_embedding(path, stages, asked, names, labels, result):
     """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. stages:
     {network: what disentangle.stages_of gives}; asked [L]: the queries of labels [N,L]; result: as
     it is written."""
-    figure, axes = canvas(2, 5, 27, 9)
+    figure, axes = plt.subplots(2, 5, figsize=(27, 9))
     for row, title in zip(axes, ("trained", "untrained")):
         said = stages[title]
         queried = said["pathology_queried"][:, asked]                           # [N,L,D]
@@ -162,8 +165,3 @@ def draw_embedding(path, stages, asked, names, labels, result):
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
     finish(figure, path)
-
-
-def flatten(points):
-    """t-SNE: [k,D] -> [k,2]."""
-    return TSNE(perplexity=min(30, len(points) / 4), random_state=0).fit_transform(points)
