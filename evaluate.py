@@ -318,8 +318,8 @@ def main(args):
     result, arrays, draw = TASKS[args.task](args, model, table, rows)
     if "published" in result:
         print_table("", {"as published": result["published"]}, result["published"])
-        print("F1 at each label's best threshold on these very images, ACC of what lies above it; "
-              "regions: blocks above 0, nearly all of the film, as a softmax is never 0")
+        print("by the released rules: F1 at a label's best threshold on these very images, ACC of "
+              "what lies above it; all blocks above 0 are a region, so nearly the whole film")
     flags = ("task", "dataset", "split", "checkpoint", "protocol", "prompt")
     result |= {flag: getattr(args, flag) for flag in flags} | {"equalized": table.equalized}
     write_results(Path(args.out_dir, "eval", f"{args.dataset}_{args.task}"), result, arrays, draw)

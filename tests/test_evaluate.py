@@ -132,12 +132,10 @@ def test_deleting_the_cells_that_matter_takes_the_logit_down():
     assert drops["12"]["map"] > 2 * drops["12"]["random"]
 
 
-EMBEDDING = ["--split", "train", "--limit", "60"]
-
-
 def test_embedding_compares_three_networks(phantoms, folder):
-    metrics, arrays = evaluate_it(phantoms, folder, "embedding", *EMBEDDING)
-    classes, _ = evaluate_it(phantoms, folder, "classification", *EMBEDDING)
+    films = "--split", "train", "--limit", "60"
+    metrics, arrays = evaluate_it(phantoms, folder, "embedding", *films)
+    classes, _ = evaluate_it(phantoms, folder, "classification", *films)
     classes = classes["per_class"] | classes["unseen"]["per_class"]
     auroc = [scores["auroc"] for scores in classes.values() if scores["auroc"] is not None]
     # labels without a stored query are asked last; their scores keep the labels' order
@@ -150,7 +148,6 @@ def test_embedding_compares_three_networks(phantoms, folder):
     assert metrics["M = 0.5"]["mask"]["M"] == {"mean": 0.5, "deviation": 0, "near half": 1}
     assert metrics["trained"]["mask"]["M"]["deviation"] > 0.01
     assert metrics["M = 0.5"]["cka"]["features"]["cka"] == pytest.approx(1)
-    assert metrics["trained"]["cka"]["features"]["cka"] < 0.9999
     assert numbers(metrics["trained"]) != numbers(metrics["untrained"])
     assert len(arrays["ids"]) == len(arrays["anatomy_tokens"]) == metrics["n"] == 60
 

@@ -44,8 +44,7 @@ def test_healthy_controls_by_pencil():
     assert metrics.auroc_healthy(labels[:, :1], scores[:, :1], ["a"]) == {}  # others unknown
     assert metrics.auroc_healthy(labels[:2], scores[:2], ["a", "b"]) == {}   # nobody healthy
     # with a label that says so, an image is healthy only where it is 1
-    said, names = np.array([[0], [0], [0], [0], [0]]), ["a", "b", "No Finding"]
-    scores = np.hstack([scores, scores[:, :1]])
+    said, names, scores = np.zeros((5, 1)), ["a", "b", "No Finding"], scores[:, [0, 1, 0]]
     assert metrics.auroc_healthy(np.hstack([labels, said]), scores, names) == {}
     said[2] = 1
     healthy = metrics.auroc_healthy(np.hstack([labels, said]), scores, names)
