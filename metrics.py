@@ -66,6 +66,14 @@ def best_thresholds(labels, scores):
     return np.array([0.5 if threshold is None else threshold for threshold in best])
 
 
+def customary_scores(labels, scores):
+    """Means over the classes of [N,L] as released: F1 at each one's best threshold on these very
+    labels, ACC of what lies above it, not at it."""
+    best, thresholds = classification_scores(labels, scores), best_thresholds(labels, scores)
+    above = classification_scores(labels, scores, np.nextafter(thresholds, np.inf))
+    return {"auroc": best["auroc"], "ap": best["ap"], "f1": best["f1"], "acc": above["acc"]}
+
+
 def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     """(low, high): the central 95 % of metric(labels, scores) on n resamples, (None, None) without
     an answer; a list of them if the metric gives several numbers."""
@@ -84,8 +92,8 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
 
 
 def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
-    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
-    `customary` the same at the thresholds that are best on these very labels."""
+    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean, and the
+    `customary_scores`."""
     def aurocs(labels, scores):  # of each class, and last their mean
         each = [auroc(*pair) for pair in zip(labels.T, scores.T)]
         return [*each, mean_or_none(each)]
@@ -94,7 +102,7 @@ def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, gro
     intervals = bootstrap_ci(aurocs, labels, scores, n, seed, groups)           # [L+1]
     for block, interval in zip([*result["per_class"].values(), result], intervals):
         block["auroc_ci95"] = interval
-    return {**result, "customary": classification_scores(labels, scores, None, names)}
+    return {**result, "customary": customary_scores(labels, scores)}
 
 
 def auroc_healthy(labels, scores, names):
@@ -108,14 +116,6 @@ def auroc_healthy(labels, scores, names):
     compared = healthy[:, None] | (labels == 1)                                 # [N,L]
     return {name: auroc(labels[rows, k], scores[rows, k])
             for k, (name, rows) in enumerate(zip(names, compared.T))}
-
-
-def released_scores(labels, scores):
-    """Means over the classes of [N,L] as released: F1 at each one's best threshold on these very
-    labels, ACC of what lies above it, not at it."""
-    best, thresholds = classification_scores(labels, scores), best_thresholds(labels, scores)
-    above = classification_scores(labels, scores, np.nextafter(thresholds, np.inf))
-    return {"auroc": best["auroc"], "f1": best["f1"], "acc": above["acc"]}
 
 
 SCORES = ("pointing_game", "pointing_within_cell", "pointing_released", "iou", "dice")

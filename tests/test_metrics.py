@@ -29,10 +29,10 @@ def test_a_class_of_one_kind_is_none_and_not_in_the_mean():
     assert s["per_class"]["b"]["auroc_ci95"] == (None, None) and None not in s["auroc_ci95"]
 
 
-def test_released_accuracy_counts_what_lies_above_the_threshold():
+def test_customary_accuracy_counts_what_lies_above_the_threshold():
     """Scores 4 3 2 1 of labels 1 0 1 0: best F1 0.8 at 2; above 2 are a hit and a false one."""
     labels, scores = np.array([[1, 0, 1, 0, -1]]).T, np.array([[4, 3, 2, 1, 9]]).T
-    s = metrics.released_scores(np.hstack([labels, 0 * labels]), np.hstack([scores, scores]))
+    s = metrics.customary_scores(np.hstack([labels, 0 * labels]), np.hstack([scores, scores]))
     assert (s["auroc"], s["f1"], s["acc"]) == (0.75, pytest.approx(0.8), 0.5)
 
 
