@@ -11,7 +11,6 @@ import copy
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import silhouette_score
 from sklearn.model_selection import GroupKFold, cross_val_score
 
 import figures
@@ -59,42 +58,6 @@ def cka(x, y):
     return float(shared / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 
-def clouds_of(stages, asked):
-    """What Figs. 6 and 8 show, {name: (points [k,D], group [k])}: embeddings of the queries that
-    labels ask, by query; I^p and I^a by stream. asked: {label: its query}."""
-    queried = stages["pathology_queried"][:, list(asked.values())]              # [N,L,D]
-    points = queried.reshape(-1, queried.shape[2])[:2000]  # t-SNE of more takes minutes
-    clouds = {"queries": (points, np.arange(len(points)) % len(asked))}
-    if "anatomy_features" in stages:
-        both = [stages[f"{stream}_features"][:500] for stream in ("pathology", "anatomy")]
-        clouds["streams"] = np.concatenate(both), np.repeat([0, 1], len(both[0]))
-    return clouds
-
-
-def separation(stages, asked, labels, pairs, seed, patients):
-    """Tests of one network, {test: {row: {key: number}}}: AUROC of existence, probes of labels
-    [N,L] and of the places of pairs [N,n,m] (or None), silhouettes of `clouds_of`, CKA of the
-    streams. stages: {name: [N,D], or [N,q,D] of the queries}; asked: {label: its query}."""
-    # the mean over queries is as wide as a token: both probes see D numbers, those of features C
-    means = {stage: x.mean(1) if x.ndim == 3 else x for stage, x in stages.items()}
-    logits = means.pop("pathology_logits")[:, list(asked.values())]             # [N,L]
-    targets = {"pathology": labels}
-    if pairs is not None:
-        targets["place"] = (pairs == 1).any(2).astype(int)                      # [N,n]
-    scores = {"existence": {"pathology": {
-        "auroc": classification_scores(labels, logits, 0)["auroc"]}}}
-    scores["probes"] = {stage: {name: probe(x, target, patients)
-                                for name, target in targets.items()} for stage, x in means.items()}
-    scores["silhouette"] = {name: {"silhouette": float(silhouette_score(*cloud))}
-                            for name, cloud in clouds_of(stages, asked).items()}
-    if "anatomy_tokens" in stages:
-        scores["cka"], rng = {}, np.random.default_rng(seed)
-        for level in ("features", "tokens", "queried"):
-            x, y = means[f"pathology_{level}"], means[f"anatomy_{level}"]       # [N,D] each
-            scores["cka"][level] = {"cka": cka(x, y), "permuted": cka(x, rng.permutation(y))}
-    return scores
-
-
 def mask_values(raw, masked):
     """Mean and deviation of the mask M, and the share of it near 0.5, from I^raw and I^p =
     M * I^raw. Where I^raw is 0 a mask changes nothing and is left out."""
@@ -128,7 +91,7 @@ def swap_shares(relate, stages, truth, seed, device="cpu"):
     shares = {}
     for name, other in (("both of A", films[:, :1]), ("A and B", films[:, 1:])):
         anatomy = torch.from_numpy(stages["anatomy_queried"][other, places]).to(device)  # [P,2,D]
-        four = relate(pathology, anatomy).sigmoid().flatten(1)  # of (place, pathology) [P,4]
+        four = relate(pathology, anatomy).flatten(1)  # of (place, pathology) [P,4]
         best = four.argmax(1).cpu().numpy()
         shares[name] = {cell: mean_or_none(best == k)
                         for k, cell in enumerate(("A,A", "B,A", "A,B", "B,B"))}
@@ -169,10 +132,12 @@ def embedding(args, model, table, rows):
     rows = np.random.default_rng(args.seed).permutation(rows)[:1000]  # t-SNE of more takes minutes
     labels, patients = table.labels[rows], np.array(table.patients)[rows]       # [N,L], [N]
     texts, columns, _ = questions(model, names, args.prompt, args.text_encoder)
-    asked = {name: columns[name] for name in names}  # in the order of the labels
-    queries, pairs = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")], None
+    asked = [columns[name] for name in names]                                   # [L]
+    targets, pairs = {"pathology": labels}, None
     if table.has_report.any():
+        queries = [model.queries[kind]["names"] for kind in ("pathology", "anatomy")]
         pairs, _ = table.pairs(rows, *queries)                                  # [N,n,m]
+        targets["place"] = (pairs == 1).any(2).astype(int)                      # [N,n]
     torch.manual_seed(args.seed)  # of the untrained weights
     untrained = MeDSLIP(model.config).requires_grad_(False).to(args.device).eval()
     untrained.fit_to_data(torch.cat(texts), 0.1, 0.1)  # as a training begins
@@ -180,12 +145,22 @@ def embedding(args, model, table, rows):
     if hasattr(model, "mask"):  # and each stream given half of I^raw: what is apart without a mask
         networks["M = 0.5"] = copy.deepcopy(model)
         networks["M = 0.5"].disentangle = lambda x: (x / 2, x / 2)
-    result, clouds = {"n": len(rows)}, {}
+    result, stages = {"n": len(rows)}, {}
     for title, network in networks.items():
-        stages = ask(args, network, table.images, rows, texts, stages_of)
-        tests = separation(stages, asked, labels, pairs, args.seed, patients)
+        stages[title] = said = ask(args, network, table.images, rows, texts, stages_of)
+        # the mean over queries is as wide as a token: both probes see D numbers, of features C
+        means = {name: x.mean(1) if x.ndim == 3 else x for name, x in said.items()}
+        auroc = classification_scores(labels, means.pop("pathology_logits")[:, asked], 0)["auroc"]
+        tests = {"existence": {"pathology": {"auroc": auroc}},
+                 "probes": {name: {what: probe(x, y, patients) for what, y in targets.items()}
+                            for name, x in means.items()}}
+        if model.config.streams == "dual":
+            tests["cka"], rng = {}, np.random.default_rng(args.seed)
+            for level in ("features", "tokens", "queried"):
+                x, y = means[f"pathology_{level}"], means[f"anatomy_{level}"]   # [N,D] each
+                tests["cka"][level] = {"cka": cka(x, y), "permuted": cka(x, rng.permutation(y))}
         if has_icl(model) and pairs is not None:
-            tests["swap"] = swap_shares(network.relate, stages, pairs, args.seed, args.device)
+            tests["swap"] = swap_shares(network.relate, said, pairs, args.seed, args.device)
         if hasattr(model, "mask"):
             cells = ask(args, network, table.images, rows[:100], texts, lambda out: {
                 "raw": out.raw_features, "masked": out.pathology_features})     # [100,h*w,C] each
@@ -193,12 +168,12 @@ def embedding(args, model, table, rows):
         if args.dataset == "synthetic":
             films = counterfactual_films(table.size)
             drawn = ask(args, network, films, np.arange(len(films)), texts, stages_of)
-            tests["counterfactual"] = {s: moved(x) for s, x in drawn.items()}
-        result[title], clouds[title] = tests, clouds_of(stages, asked)
-        if network is model:
-            arrays = {stage: x for stage, x in stages.items() if x.ndim == 2}   # [N,D]
+            tests["counterfactual"] = {name: moved(x) for name, x in drawn.items()}
+        result[title] = tests
     for test, lines in result["trained"].items():
         for title in networks:
             print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
+    arrays = {name: x for name, x in stages["trained"].items() if x.ndim == 2}  # [N,D]
     arrays["ids"] = np.array(table.ids)[rows]
-    return result, arrays, lambda path: figures.draw_embedding(path, clouds, asked, labels, result)
+    return result, arrays, lambda path: figures.draw_embedding(path, stages, asked, list(names),
+                                                               labels, result)

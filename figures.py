@@ -11,66 +11,62 @@ import math
 import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.manifold import TSNE
-from sklearn.metrics import roc_curve
 
 plt.switch_backend("Agg")  # draws into files, also where there is no screen
+plt.rcParams.update({"figure.constrained_layout.use": True, "savefig.dpi": 130,
+                     "axes.titlesize": 9, "figure.titlesize": 9, "legend.fontsize": 8,
+                     "legend.frameon": False, "xtick.labelsize": 8, "ytick.labelsize": 8})
 BLUE, GRAY = "#2b6cb0", "#b8c2cc"
 COLOURS = plt.get_cmap("tab20")
 
 
-def canvas(rows, columns, width, height):  # in inches
-    return plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
-
-
 def finish(figure, path):
-    figure.savefig(path, dpi=130, format="png")  # the name of a draft does not end in .png
+    figure.savefig(path, format="png")  # the name of a draft does not end in .png
     plt.close(figure)
 
 
-def outline(axis, values, level, colour):
-    """The line where values [h,w] cross a level, over a film."""
-    h, w = values.shape
-    if values.min() < level < values.max():  # else there is no such line
-        axis.contour(values, [level], colors=[colour], linewidths=1.2,
+def outline(axis, region, colour):
+    """The edge of a region [h,w] > 0.5 over a film."""
+    h, w = region.shape
+    if region.min() < 0.5 < region.max():  # else there is no edge
+        axis.contour(region, [0.5], colors=[colour], linewidths=1.2,
                      extent=(0.5 / w, 1 - 0.5 / w, 0.5 / h, 1 - 0.5 / h))
 
 
-def show_film(axis, film, title, heat=None, level=None, mask=None, region=None):
-    """film [H,W] with what is given of: heat [h,w] >= 0, its maximum, where it is above a level of
-    that; mask bool [h,w]; region [h,w] > 0.5. The unit square holds all, as their grids differ."""
+def show_film(axis, film, title, heat=None, mask=None, region=None):
+    """film [H,W] with what is given of: heat [h,w] >= 0 and its maximum; mask bool [h,w]; region
+    [h,w] > 0.5. The unit square holds all, as their grids differ."""
     frame = {"extent": (0, 1, 1, 0), "aspect": film.shape[0] / film.shape[1]}
     axis.imshow(film, cmap="gray", **frame)
-    axis.set_title(title, fontsize=9)
+    axis.set_title(title)
     axis.axis("off")
     if heat is not None:
         heat = heat / max(heat.max(), 1e-12)  # where it is 0 the film shows
         axis.imshow(heat, cmap="autumn", alpha=0.6 * heat, vmin=0, vmax=1, **frame)
         y, x = np.unravel_index(heat.argmax(), heat.shape)
         axis.plot((x + 0.5) / heat.shape[1], (y + 0.5) / heat.shape[0], "x", color="lime")
-        if level:
-            outline(axis, heat, level, "yellow")
     if region is not None:
-        outline(axis, region, 0.5, "yellow")
+        outline(axis, region, "yellow")
     if mask is not None:
-        outline(axis, mask, 0.5, "cyan")
+        outline(axis, mask, "cyan")
 
 
 def gallery(path, films, title):
     """Films, five a row; films: list of dicts of what `show_film` takes."""
     rows, columns = math.ceil(len(films) / 5), min(5, len(films))
-    figure, axes = canvas(rows, columns, 3 * columns, 3.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3.4 * rows), squeeze=False)
     for axis, film in zip(axes.flat, films):
         show_film(axis, **film)
     plt.setp(axes.flat[len(films):], visible=False)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title)
     finish(figure, path)
 
 
 def show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies, **style):
     """Some rows and columns of matrix [n,m] with their names; style as imshow takes it."""
-    axis.set_title(title, fontsize=9)
-    axis.set_xticks(range(len(columns)), [pathologies[j] for j in columns], rotation=90, fontsize=8)
-    axis.set_yticks(range(len(rows)), [anatomies[i] for i in rows], fontsize=8)
+    axis.set_title(title)
+    axis.set_xticks(range(len(columns)), [pathologies[j] for j in columns], rotation=90)
+    axis.set_yticks(range(len(rows)), [anatomies[i] for i in rows])
     return axis.imshow(matrix[rows][:, columns], aspect="auto", vmin=0, **style)
 
 
@@ -78,11 +74,11 @@ def draw_walk(path, film, findings, y, pathologies, anatomies):
     """A film [S,S], its findings (phantom.Finding), and the rows and columns of y [n,m] (1, 0, -1
     not mentioned) that its report mentions."""
     rows, columns = np.flatnonzero((y >= 0).any(1)), np.flatnonzero((y >= 0).any(0))
-    figure, [[plain, outlined, matrix]] = canvas(1, 3, 10 + 0.3 * len(columns), 4.5)
+    figure, [plain, outlined, matrix] = plt.subplots(1, 3, figsize=(10 + 0.3 * len(columns), 4.5))
     show_film(plain, film, "film")
     show_film(outlined, film, "findings")
     for k, finding in enumerate(findings):
-        outline(outlined, finding.mask, 0.5, COLOURS(k))
+        outline(outlined, finding.mask, COLOURS(k))
         left, top = np.array(finding.box[:2]) / len(film)
         outlined.text(left, top, finding.pathology, color=COLOURS(k), fontsize=8)
     show_matrix(matrix, "report: red present (1), blue denied (0)", np.ma.masked_less(y, 0), rows,
@@ -90,37 +86,35 @@ def draw_walk(path, film, findings, y, pathologies, anatomies):
     finish(figure, path)
 
 
-def draw_classes(path, per_class, names, labels, scores):
-    """Each AUROC with its interval (Fig. 4) and ROC curve; names [L], labels and scores [N,L]."""
+def draw_classes(path, per_class):
+    """The AUROC of each class with its interval (Fig. 4)."""
     shown = sorted((c["auroc"], name) for name, c in per_class.items() if c["auroc"] is not None)
-    figure, [[bars, curves]] = canvas(1, 2, 12, max(4.5, 0.24 * len(shown) + 1))
+    figure, bars = plt.subplots(figsize=(7, max(4.5, 0.24 * len(shown) + 1)))
     for k, (auroc, name) in enumerate(shown):
         bars.barh(k, auroc - 0.5, left=0.5, color=BLUE)
         interval = np.array(per_class[name]["auroc_ci95"], float)  # None, where unknown: no line
         bars.plot(interval, (k, k), color="black", marker="|")
-        column = list(names).index(name)
-        known = labels[:, column] >= 0
-        x, y, _ = roc_curve(labels[known, column], scores[known, column])
-        curves.plot(x, y, linewidth=1, label=name, color=COLOURS(k % 20))
     ticks = [f"{name} ({per_class[name]['n_pos']})  {auroc:.3f}" for auroc, name in shown]
     bars.set_yticks(range(len(shown)), ticks)
     bars.set(xlim=(None, 1.01), ylim=(-1, len(shown)), xlabel="AUROC, 95 % interval (positives)")
-    curves.plot([0, 1], [0, 1], color=GRAY, linewidth=1)
-    curves.set(xlabel="false positive rate", ylabel="true positive rate", aspect="equal")
-    if 0 < len(shown) <= 20:
-        curves.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     finish(figure, path)
 
 
 def draw_relation(path, truth, predicted, pathologies, anatomies):
     """How often each pair [n,m] is true and predicted, for what occurs."""
     rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
-    figure, axes = canvas(1, 2, 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows))
+    size = 4 + 0.45 * len(columns), 2.5 + 0.22 * len(rows)  # in inches
+    figure, axes = plt.subplots(1, 2, figsize=size)
     titles, most = ("true: share of films", "predicted: mean probability"), truth.max() or 1
-    for axis, title, matrix in zip(axes[0], titles, (truth, predicted)):
+    for axis, title, matrix in zip(axes, titles, (truth, predicted)):
         picture = show_matrix(axis, title, matrix, rows, columns, pathologies, anatomies, vmax=most)
-    figure.colorbar(picture, ax=axes[0].tolist(), shrink=0.8)
+    figure.colorbar(picture, ax=axes, shrink=0.8)
     finish(figure, path)
+
+
+def flatten(points):
+    """t-SNE: [k,D] -> [k,2]."""
+    return TSNE(perplexity=min(30, len(points) / 4), random_state=0).fit_transform(points)
 
 
 def show_cloud(axis, points, group, names, title):
@@ -128,48 +122,46 @@ def show_cloud(axis, points, group, names, title):
     axis.scatter(*points[group < 0].T, color=GRAY, s=6, linewidths=0)
     for k, name in enumerate(names):
         axis.scatter(*points[group == k].T, color=COLOURS(k % 20), s=6, linewidths=0, label=name)
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=10)
+    axis.set(xticks=[], yticks=[], title=title)
 
 
-def show_bars(axis, bars, keys, low, title):
-    """A horizontal bar, from `low` on, for each key in each row of bars {row: {key: a share}}."""
-    rows, thickness = np.arange(len(bars)), 0.8 / len(keys)
+def show_shares(axis, shares, keys, low, title):
+    """A dot, from `low` on, for each key in each row of shares {row: {key: a share or None}}."""
     for k, key in enumerate(keys):
-        shares = [row[key] or 0 for row in bars.values()]  # None, where unknown: no bar
-        axis.barh(rows + k * thickness, shares, thickness, color=COLOURS(k), label=key)
-    axis.set_yticks(rows + 0.4 - thickness / 2, list(bars), fontsize=8)
-    axis.invert_yaxis()
-    axis.set_xlim(low, 1)
-    axis.set_title(title, fontsize=10)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+        dots = np.array([row[key] for row in shares.values()], float)  # None: no dot
+        axis.plot(dots, list(shares), "o", color=COLOURS(k), label=key)
+    # the first row at the top
+    axis.set(xlim=(low - 0.02, 1.02), ylim=(len(shares) - 0.5, -0.5), title=title)
+    axis.grid(axis="y")
+    axis.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def draw_embedding(path, clouds, asked, labels, result):
-    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. clouds:
-    {network: what disentangle.clouds_of gives}; asked: {label: its query}; labels [N,L]; result:
-    as it is written."""
-    figure, axes = canvas(2, 5, 27, 9)
+def draw_embedding(path, stages, asked, names, labels, result):
+    """t-SNE as in Figs. 6, 5 and 8, probes and swap test, trained above untrained. stages:
+    {network: what disentangle.stages_of gives}; asked [L]: the queries of labels [N,L]; result: as
+    it is written."""
+    figure, axes = plt.subplots(2, 5, figsize=(27, 9))
     for row, title in zip(axes, ("trained", "untrained")):
-        flat, groups = {}, {}
-        for name, (points, group) in clouds[title].items():
-            tsne = TSNE(perplexity=min(30, len(points) / 4), random_state=0)
-            flat[name], groups[name] = tsne.fit_transform(points), group
-        query = groups["queries"]
-        shown = labels.ravel()[:len(query)] == 1  # in the order of the points: film by film
-        show_cloud(row[0], flat["queries"], query, asked, f"Fig. 6, {title}: by query")
-        show_cloud(row[1], flat["queries"], np.where(shown, query, -1), asked,
+        said = stages[title]
+        queried = said["pathology_queried"][:, asked]                           # [N,L,D]
+        points = flatten(queried.reshape(-1, queried.shape[2])[:2000])  # more would take minutes
+        query = np.arange(len(points)) % len(asked)  # in the order of the points: film by film
+        present = labels.ravel()[:len(points)] == 1
+        show_cloud(row[0], points, query, names, f"Fig. 6, {title}: by query")
+        show_cloud(row[1], points, np.where(present, query, -1), names,
                    f"Fig. 5, {title}: gray if the film does not show it")
-        if "streams" in flat:
-            show_cloud(row[2], flat["streams"], groups["streams"], ("I^p", "I^a"),
+        if "anatomy_features" in said:
+            both = np.stack([said["pathology_features"][:500], said["anatomy_features"][:500]])
+            stream = np.repeat([0, 1], both.shape[1])
+            show_cloud(row[2], flatten(both.reshape(-1, both.shape[2])), stream, ("I^p", "I^a"),
                        f"Fig. 8, {title}: features by stream")
-            row[2].legend(fontsize=8, frameon=False)
+            row[2].legend()
         probes, swap = result[title]["probes"], result[title].get("swap")
-        show_bars(row[3], probes, list(probes["raw_features"]), 0.5, f"{title}, probes: AUROC")
+        show_shares(row[3], probes, list(probes["raw_features"]), 0.5, f"{title}, probes: AUROC")
         if swap:
-            show_bars(row[4], swap, ("A,A", "B,A", "A,B", "B,B"), 0,
-                      f"swap test, {title}: film of the pathology, of the place")
-    axes[0, 0].legend(fontsize=8, frameon=False, loc="center right", bbox_to_anchor=(0, 0.5))
+            show_shares(row[4], swap, ("A,A", "B,A", "A,B", "B,B"), 0,
+                        f"swap test, {title}: film of the pathology, of the place")
+    axes[0, 0].legend(loc="center right", bbox_to_anchor=(0, 0.5))
     for axis in axes.flat:
         axis.set_visible(axis.has_data())
     finish(figure, path)

@@ -286,8 +286,7 @@ def score_labels(args, net, labels, held, test):
                                            test.patients)
     lines = {"thresholds as chosen": scores, "thresholds best on test": scores["customary"]}
     print_table("", lines, ("auroc", "auroc_ci95", "ap", "f1", "acc"))
-    return scores, answers, lambda path: figures.draw_classes(path, scores["per_class"], labels,
-                                                              truth, answers)
+    return scores, answers, lambda path: figures.draw_classes(path, scores["per_class"])
 
 
 def score_masks(args, net, labels, train, test):

@@ -3,10 +3,9 @@
     from metrics import classification_scores, grounding_scores, relation_scores
     python -m pytest tests/test_metrics.py    # each of them on cases that a pencil can check
 
-Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels, K thresholds; a map has
-h x w cells, its mask and film H x W pixels. A mean over nothing is None.
+Labels are 1 present, 0 absent, -1 unknown and left out. N images, L labels; a map has h x w cells,
+its mask and film H x W pixels. A mean over nothing is None.
 Differs from the released code: a map is divided by its own maximum, there by that of its batch.
-`released_scores` and `released_regions` follow the released rules.
 """
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
@@ -15,33 +14,22 @@ from sklearn.metrics import average_precision_score, f1_score, precision_recall_
 
 
 def mean_or_none(values):
-    return float(np.mean(values)) if len(values) else None
+    """Mean of the values that are not None."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def auroc(labels, scores):
-    """AUROC of [N] from the ranks of the positives (Mann and Whitney); nan without both kinds.
+    """AUROC of [N] from the ranks of the positives (Mann and Whitney); None without both kinds.
     roc_auc_score gives the same in 3 to 14 times the time, and a bootstrap asks 10,000 times."""
     labels, scores = labels[labels >= 0], scores[labels >= 0]
     n_pos, n_neg = int((labels == 1).sum()), int((labels == 0).sum())
     rank_sum = rankdata(scores)[labels == 1].sum() - n_pos * (n_pos + 1) / 2
-    return float(rank_sum / (n_pos * n_neg)) if n_pos and n_neg else np.nan
+    return float(rank_sum / (n_pos * n_neg)) if n_pos and n_neg else None
 
 
-def classification_scores(labels, scores, threshold=None, names=None):
-    """AUROC, average precision, and F1 and accuracy of `scores >= threshold` (one number, or one
-    per label; None: the one of highest F1 on these very labels) of [N], or `per_class` of [N,L]
-    with the means over the classes that some images show and some do not."""
-    labels, scores = np.asarray(labels), np.asarray(scores, float)
-    if labels.ndim == 2:
-        names = range(labels.shape[1]) if names is None else names
-        each = np.broadcast_to(threshold, len(names))
-        per_class = {str(name): classification_scores(labels[:, k], scores[:, k], each[k])
-                     for k, name in enumerate(names)}
-        result = {"threshold": {name: c["threshold"] for name, c in per_class.items()},
-                  "n": len(labels), "per_class": per_class}
-        for key in ("auroc", "ap", "f1", "acc"):
-            result[key] = mean_or_none([c[key] for c in per_class.values() if c[key] is not None])
-        return result
+def class_scores(labels, scores, threshold):
+    """`classification_scores` of one class [N]."""
     labels, scores = labels[labels >= 0], scores[labels >= 0]
     counts = {"n_pos": int(labels.sum()), "n": len(labels)}
     if counts["n_pos"] in (0, len(labels)):
@@ -56,10 +44,34 @@ def classification_scores(labels, scores, threshold=None, names=None):
             "acc": float((found == labels).mean()), "threshold": float(threshold), **counts}
 
 
+def classification_scores(labels, scores, threshold=None, names=None):
+    """AUROC, average precision, and F1 and accuracy of `scores >= threshold` (one number, or one
+    per label; None: the one of highest F1 on these very labels) of [N], or `per_class` of [N,L]
+    with the means over the classes that some images show and some do not."""
+    labels, scores = np.asarray(labels), np.asarray(scores, float)
+    if labels.ndim == 1:
+        return class_scores(labels, scores, threshold)
+    each = zip(labels.T, scores.T, np.broadcast_to(threshold, labels.shape[1]))
+    names = range(labels.shape[1]) if names is None else names
+    per_class = {str(name): class_scores(*columns) for name, columns in zip(names, each)}
+    means = {key: mean_or_none([one[key] for one in per_class.values()])
+             for key in ("auroc", "ap", "f1", "acc")}
+    return {"threshold": {name: one["threshold"] for name, one in per_class.items()},
+            "n": len(labels), "per_class": per_class, **means}
+
+
 def best_thresholds(labels, scores):
     """[L]: of highest F1 on [N,L]; 0.5 for a class that no image shows, or every one."""
     best = classification_scores(labels, scores)["threshold"].values()
     return np.array([0.5 if threshold is None else threshold for threshold in best])
+
+
+def customary_scores(labels, scores):
+    """Means over the classes of [N,L] as released: F1 at each one's best threshold on these very
+    labels, ACC of what lies above it, not at it."""
+    best, thresholds = classification_scores(labels, scores), best_thresholds(labels, scores)
+    above = classification_scores(labels, scores, np.nextafter(thresholds, np.inf))
+    return {"auroc": best["auroc"], "ap": best["ap"], "f1": best["f1"], "acc": above["acc"]}
 
 
 def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
@@ -72,7 +84,7 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
     for _ in range(n):
         counts = np.bincount(rng.integers(len(names), size=len(names)), minlength=len(names))
         rows = np.repeat(np.arange(len(labels)), counts[group])
-        values.append(np.array(metric(labels[rows], scores[rows]), float))
+        values.append(np.array(metric(labels[rows], scores[rows]), float))  # None becomes nan
     for column in np.reshape(values, (n, -1)).T:
         known = column[~np.isnan(column)]
         intervals.append(tuple(np.percentile(known, [2.5, 97.5])) if len(known) else (None, None))
@@ -80,17 +92,17 @@ def bootstrap_ci(metric, labels, scores, n=1000, seed=0, groups=None):
 
 
 def scores_with_intervals(labels, scores, thresholds, names, n=1000, seed=0, groups=None):
-    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean; under
-    `customary` the same at the thresholds that are best on these very labels."""
+    """`classification_scores` of [N,L] with `auroc_ci95` of each class and of the mean, and the
+    `customary_scores`."""
     def aurocs(labels, scores):  # of each class, and last their mean
-        each = np.array([auroc(*pair) for pair in zip(labels.T, scores.T)])
-        return [*each, mean_or_none(each[~np.isnan(each)])]
+        each = [auroc(*pair) for pair in zip(labels.T, scores.T)]
+        return [*each, mean_or_none(each)]
 
     result = classification_scores(labels, scores, thresholds, names)
     intervals = bootstrap_ci(aurocs, labels, scores, n, seed, groups)           # [L+1]
     for block, interval in zip([*result["per_class"].values(), result], intervals):
         block["auroc_ci95"] = interval
-    return {**result, "customary": classification_scores(labels, scores, None, names)}
+    return {**result, "customary": customary_scores(labels, scores)}
 
 
 def auroc_healthy(labels, scores, names):
@@ -101,27 +113,13 @@ def auroc_healthy(labels, scores, names):
     healthy = (labels[:, ~says_so] == 0).all(1) & (labels[:, says_so] == 1).all(1)
     if (~says_so).sum() < 2 or not healthy.any():
         return {}
-    against = np.full(labels.shape, -1)                                         # [N,L]
-    against[healthy] = 0
-    against[labels == 1] = 1
-    per_class = classification_scores(against, scores, 0.5, names)["per_class"]
-    return {name: one["auroc"] for name, one in per_class.items()}
-
-
-def released_scores(labels, scores):
-    """Means over the classes of [N,L] as the released scripts compute them; "how" says how."""
-    best, accuracies = classification_scores(labels, scores), []
-    for column, score, one in zip(labels.T, scores.T, best["per_class"].values()):
-        if one["threshold"] is not None:
-            known = column >= 0
-            accuracies.append(((score > one["threshold"]) == column)[known].mean())
-    return {"how": "mean of all labels, F1 at each one's best threshold on these very images, "
-                   "ACC of what lies above that threshold, not at it",
-            "auroc": best["auroc"], "f1": best["f1"], "acc": mean_or_none(accuracies)}
+    compared = healthy[:, None] | (labels == 1)                                 # [N,L]
+    return {name: auroc(labels[rows, k], scores[rows, k])
+            for k, (name, rows) in enumerate(zip(names, compared.T))}
 
 
 SCORES = ("pointing_game", "pointing_within_cell", "pointing_released", "iou", "dice")
-TRIVIAL = ("random_point", "brightest_point", "fixed")  # `all_scores` says what they are
+ANSWERS = ("model", "released", "random_point", "brightest_point", "fixed")  # see `all_scores`
 THRESHOLDS = np.geomspace(1e-4, 0.98, 50)  # shares of a map's maximum; some maps are peaked
 
 
@@ -143,6 +141,11 @@ def upsample_map(attention, height, width, size=None, centres=(0.0, None)):
     return map_coordinates(attention, np.meshgrid(*at, indexing="ij"), order=1, mode="nearest")
 
 
+def region(heat, threshold):
+    """Where a map [H,W] is above a share of its maximum, bool [H,W]."""
+    return heat / max(heat.max(), 1e-12) > threshold
+
+
 def dice_of(regions, masks):
     """Dice of regions and masks, bool [...,H,W]; 1 where both are empty."""
     overlap = (regions & masks).sum((-2, -1))
@@ -150,15 +153,10 @@ def dice_of(regions, masks):
     return np.where(total > 0, 2 * overlap / np.maximum(total, 1), 1.0)
 
 
-def dice_at(heat, mask, thresholds):
-    """[K]: Dice of mask [H,W] and the region heat / its maximum > threshold, for K thresholds."""
-    shares = heat / max(heat.max(), 1e-12)
-    return dice_of(shares > np.reshape(thresholds, (-1, 1, 1)), mask)           # [K,H,W] -> [K]
-
-
 def best_dice_threshold(heats, masks):
     """The share of a map's maximum that has the best mean Dice over heats and masks [H,W]."""
-    dice = [dice_at(heat, mask, THRESHOLDS) for heat, mask in zip(heats, masks)]
+    dice = [[dice_of(region(heat, share), mask) for share in THRESHOLDS]
+            for heat, mask in zip(heats, masks)]
     return float(THRESHOLDS[np.mean(dice, axis=0).argmax()])
 
 
@@ -167,106 +165,80 @@ def mask_scores(regions, masks, fixed, patients, n=1000):
     over all. trivial: one fixed region [H,W] for every image, and none at all."""
     dice_all, filled = dice_of(regions, masks), masks.any((1, 2))               # [N]
     dice = dice_all[filled]
-    mean = lambda dice, _: dice.mean()
-    return {"n": len(dice), "threshold": 0.5, "dice": dice.mean(),
-            "dice_ci95": bootstrap_ci(mean, dice, dice, n, 0, patients[filled]),
+    interval = bootstrap_ci(lambda dice, _: dice.mean(), dice, dice, n, 0, patients[filled])
+    return {"n": len(dice), "dice": dice.mean(), "dice_ci95": interval,
             "iou": (dice / (2 - dice)).mean(), "n_all": len(masks), "dice_all": dice_all.mean(),
-            "dice_all_ci95": bootstrap_ci(mean, dice_all, dice_all, n, 0, patients),
             "trivial": {"fixed_dice": dice_of(fixed, masks[filled]).mean(),
                         "empty_dice_all": (~filled).mean()}}
 
 
-def hit_regions(mask, h, w):
-    """Where a point is a hit on mask [H,W], bool [3,H,W], of a map with h x w cells: in the mask;
-    at most one cell from it; in a cell whose block has any pixel of it, as released."""
-    distance = distance_transform_edt(~mask, (h / mask.shape[0], w / mask.shape[1]))  # in cells
+def score_maps(maps, mask, h, w):
+    """SCORES of maps on the grid of mask [H,W], a row of 5 for each. maps: (heat [H,W] as
+    `upsample_map` gives it, blocks [H,W] as `nearest` does, threshold); h x w cells. A point is a
+    hit in the mask; at most one cell from it; in a cell whose block has any pixel of it, as
+    released. Equal maxima share the point."""
+    near = distance_transform_edt(~mask, (h / mask.shape[0], w / mask.shape[1])) <= 1  # in cells
     number = nearest(np.arange(h * w).reshape(h, w), *mask.shape)  # the cell of each pixel
-    return np.stack([mask, distance <= 1, np.isin(number, number[mask])])
+    in_block, scores = np.isin(number, number[mask]), []
+    for heat, blocks, threshold in maps:
+        point, block = heat == heat.max(), blocks == blocks.max()  # released: a whole block points
+        dice = dice_of(region(heat, threshold), mask)
+        scores.append([mask[point].mean(), near[point].mean(), in_block[block].mean(),
+                       dice / (2 - dice), dice])
+    return scores
 
 
-def map_scores(heat, blocks, regions, threshold):
-    """The SCORES [5] of a map on the grid of its mask: heat [H,W] as `upsample_map` gives it, and
-    blocks [H,W] as `nearest` does; regions: `hit_regions`. Equal maxima share the point."""
-    point, block = heat == heat.max(), blocks == blocks.max()  # as released, a whole block points
-    dice = dice_at(heat, regions[0], [threshold])[0]
-    return [regions[0][point].mean(), regions[1][point].mean(), regions[2][block].mean(),
-            dice / (2 - dice), dice]
-
-
-def grounding_scores(attention, masks, threshold, size=None, centres=(0.0, None)):
-    """Means of `map_scores` over maps [h,w] and their masks [H,W], without the empty masks, at
-    `threshold` of each map's maximum. The rest: `upsample_map`."""
+def grounding_scores(attention, masks, threshold):
+    """Means of `score_maps` over maps [h,w] and their masks [H,W], but for empty masks."""
     each = []
     for cells, mask in zip(attention, masks):
         cells, mask = np.asarray(cells, float), np.asarray(mask) > 0
         if mask.any():
-            heat = upsample_map(cells, *mask.shape, size, centres)
-            each.append(map_scores(heat, nearest(cells, *mask.shape),
-                                   hit_regions(mask, *cells.shape), threshold))
+            heat, blocks = upsample_map(cells, *mask.shape), nearest(cells, *mask.shape)
+            each += score_maps([(heat, blocks, threshold)], mask, *cells.shape)
     means = [mean_or_none(values) for values in np.reshape(each, (-1, len(SCORES))).T]
     return {**dict(zip(SCORES, means)), "threshold": threshold, "n": len(each)}
 
 
-def fixed_answers(located):
+def fixed_answers(marks):
     """{label: (mean mask [S,S], its level of best Dice)}: answers that need no look at the image.
-    located: of each training image [(label, mask [S,S])]."""
-    masks, answers = {}, {}
-    for found in located:
-        for label, mask in found:
-            masks.setdefault(label, []).append(mask)
-    for label, group in masks.items():
-        mean = np.mean(group, axis=0)
-        answers[label] = mean, best_dice_threshold([mean] * len(group), group)
+    marks: (row, label, mask [S,S]) of training images."""
+    answers = {}
+    for label in {label for _, label, _ in marks}:
+        masks = [mask for _, its_label, mask in marks if its_label == label]
+        mean = np.mean(masks, axis=0)
+        answers[label] = mean, best_dice_threshold([mean] * len(masks), masks)
     return answers
 
 
 def all_scores(finding, fixed, threshold):
-    """SCORES of the model's map and of the TRIVIAL maps, [4,5]: one that is the same everywhere, so
-    a random point and the whole film; the film itself, at the same threshold; the mean mask of
-    training films at its own level (`fixed_answers`). finding: evaluate.Finding."""
-    everywhere = np.ones(finding.mask.shape)
+    """SCORES of the ANSWERS to an evaluate.Finding, [5,5]: the model's map; the same as released,
+    where a cell fills its block and counts above 0; and trivial ones: a map that is the same
+    everywhere, so a random point and the whole film; the film itself, at the same threshold; the
+    mean mask of training films at its own level (`fixed_answers`)."""
+    mask, film, cells = finding.mask, finding.film, finding.cells
+    blocks, everywhere = nearest(cells, *mask.shape), np.ones(mask.shape)
     mean, level = fixed.get(finding.label, (everywhere, 0))  # nothing to go by: the whole film
-    regions = hit_regions(finding.mask, *finding.cells.shape)
-    blocks = nearest(finding.cells, *finding.mask.shape)
-    return [map_scores(finding.heat, blocks, regions, threshold),
-            map_scores(everywhere, everywhere, regions, threshold),
-            map_scores(finding.film, finding.film, regions, threshold),
-            map_scores(mean, mean, regions, level)]
-
-
-def answer_means(each):
-    """Means of `all_scores` [n,4,5]: the model's, and the others' under trivial."""
-    model, *others = [dict(zip(SCORES, row)) for row in each.mean(0).tolist()]
-    return {**model, "n": len(each), "trivial": dict(zip(TRIVIAL, others))}
+    maps = [(finding.heat, blocks, threshold), (blocks, blocks, 0),
+            (everywhere, everywhere, threshold), (film, film, threshold), (mean, mean, level)]
+    return score_maps(maps, mask, *cells.shape)
 
 
 def grounding_summary(labels, each, patients, n=1000, seed=0):
-    """Of findings with labels [n], `all_scores` each [n,4,5] and patients [n]: means over all and
-    `per_class`, the class whose map points worst, and intervals over patients."""
-    per_class = {str(name): answer_means(each[labels == name]) for name in np.unique(labels)}
+    """Means of `all_scores` each [n,5,5] over all findings, `per_class` by labels [n], the class
+    whose map points worst, and intervals over patients [n]."""
+    def means(rows):  # [k,5,5]
+        scores = [dict(zip(SCORES, row)) for row in rows.mean(0).tolist()]
+        answers = dict(zip(ANSWERS, scores))
+        return {**answers.pop("model"), "n": len(rows), "released": answers.pop("released"),
+                "trivial": answers}
+
+    per_class = {str(name): means(each[labels == name]) for name in np.unique(labels)}
     worst = min(per_class, key=lambda name: per_class[name]["pointing_within_cell"])
     model = each[:, 0]                                                          # [n,5]
     intervals = bootstrap_ci(lambda _, x: x.mean(0), model, model, n, seed, patients)
-    return {**answer_means(each), "per_class": per_class,
-            "worst": {"name": worst,
-                      "pointing_within_cell": per_class[worst]["pointing_within_cell"]},
+    return {**means(each), "per_class": per_class, "worst": worst,
             **{f"{key}_ci95": interval for key, interval in zip(SCORES, intervals)}}
-
-
-def released_regions(found):
-    """Dice and IoU of findings, with regions drawn as released: a cell fills its block, and counts
-    above a fixed share of the maximum of the batch. Here that is the maximum of all scored maps of
-    a label, so that the batch size does not matter."""
-    how = ("blocks above 0 (MeDSLIP's; a softmax is never 0, so nearly all of the film), and above "
-           "0.008 of the maximum (MedKLIP's)")
-    highest, scores = {}, {"how": how}
-    for f in found:
-        highest[f.label] = max(f.cells.max(), highest.get(f.label, 0))
-    for name, share in (("released", 0.0), ("medklip", 0.008)):
-        dice = np.array([dice_of(nearest(f.cells, *f.mask.shape) > share * highest[f.label], f.mask)
-                         for f in found])                                       # [findings]
-        scores |= {f"dice_{name}": dice.mean(), f"iou_{name}": (dice / (2 - dice)).mean()}
-    return scores
 
 
 def deletions(cells, mask, size, centres, rng):

@@ -1,6 +1,5 @@
 """Proves that evaluate.py's commands run at toy size, answer the same whatever the batch size, take
-their thresholds from validation, compare embeddings with an untrained network's, and say what is
-wrong in one line.
+their thresholds from validation and compare embeddings with an untrained network's.
 
     python -m pytest tests/test_evaluate.py
 """
@@ -63,59 +62,45 @@ def numbers(metrics):
     return sum(nested, [value for value in metrics.values() if isinstance(value, (int, float))])
 
 
-def test_classification_honest_and_published(phantoms, folder):
-    """Unseen diseases are asked by their definition; a batch of 7 gives what a batch of 64 does."""
-    published, arrays = evaluate_it(phantoms, folder, "classification", "--protocol", "published",
-                                    "--split", "all")
-    metrics, _ = evaluate_it(phantoms, folder, "classification", "--split", "all", "--batch-size",
-                             "7")
+def test_classification_is_the_same_whatever_the_batch_size(phantoms, folder):
+    """Unseen diseases are asked by their definition; --protocol published changes no number."""
+    metrics, arrays = evaluate_it(phantoms, folder, "classification", "--split", "all")
+    again, _ = evaluate_it(phantoms, folder, "classification", "--split", "all", "--batch-size",
+                           "7", "--protocol", "published")
     keys = "auroc f1 acc auroc_ci95 threshold per_class n customary unseen trivial"
     assert set(keys.split()) <= metrics.keys() and len(arrays["ids"]) == 160
-    extra = published.pop("published")
-    assert numbers(metrics) == pytest.approx(numbers(published), abs=2e-3)
+    assert numbers(again) == pytest.approx(numbers(metrics), abs=2e-3)
     assert set(metrics["per_class"]) <= set(NAMES["pathology"])
     assert set(metrics["unseen"]["per_class"]) == set(metrics["not_trained_on"])
-    # the released thresholds are the best on the test images
-    classes = metrics["customary"]["per_class"] | metrics["unseen"]["customary"]["per_class"]
-    f1 = [scores["f1"] for scores in classes.values() if scores["f1"] is not None]
-    assert extra["f1"] == pytest.approx(np.mean(f1))
-    k, scores = list(arrays["names"]).index("opacity"), published["per_class"]["opacity"]
+    assert metrics["customary"]["f1"] > metrics["f1"]  # at the best thresholds on these very images
+    k, scores = list(arrays["names"]).index("opacity"), metrics["per_class"]["opacity"]
     labels, answers = arrays["labels"][:, k], arrays["scores"][:, k]
     assert scores["f1"] == pytest.approx(f1_score(labels, answers >= scores["threshold"]))
 
 
-def test_grounding_by_own_and_other_maps_honest_and_published(phantoms, folder):
-    metrics, arrays = evaluate_it(phantoms, folder, "grounding", "--protocol", "published")
-    again, _ = evaluate_it(phantoms, folder, "grounding", "--batch-size", "7")
-    extra = metrics.pop("published")
+def test_grounding_by_own_and_other_maps(phantoms, folder):
+    metrics, arrays = evaluate_it(phantoms, folder, "grounding")
+    again, _ = evaluate_it(phantoms, folder, "grounding", "--batch-size", "7", "--protocol",
+                           "published")
     assert numbers(again) == pytest.approx(numbers(metrics), abs=2e-3)
-    keys = "pointing_game iou dice threshold n worst trivial per_class faithfulness"
+    keys = "pointing_game iou dice threshold n worst released trivial per_class faithfulness"
     assert set(keys.split()) <= metrics.keys()
     assert metrics["dice"] == pytest.approx(arrays["dice"].mean())
     # a softmax is above 0 everywhere: the released threshold marks the whole film
-    assert extra["dice_released"] == pytest.approx(metrics["trivial"]["random_point"]["dice"])
-    assert extra["dice_released"] <= extra["dice_medklip"] < 0.5
+    assert metrics["released"]["dice"] == metrics["trivial"]["random_point"]["dice"]
     other, _ = evaluate_it(phantoms, folder, "grounding", "--attention", "pathology")
     assert numbers(other) != numbers(metrics) and set(other["faithfulness"]) == {"4", "12", "32"}
 
 
 def test_thresholds_are_the_best_of_the_validation_images(phantoms, folder):
     for task in ("classification", "grounding"):
-        limit = "--limit", "10"  # of each split
-        test = evaluate_it(phantoms, folder, task, *limit)[0]["threshold"]
-        held = evaluate_it(phantoms, folder, task, "--split", "validate", *limit)[0]["threshold"]
-        if task == "grounding":
-            test, held = {"": test}, {"": held}
-        for name, threshold in test.items():
-            if threshold is not None:  # 0.5 where validation has only one kind
-                assert threshold == pytest.approx(held[name] or 0.5)
-
-
-def test_relation_is_the_same_whatever_the_batch_size(phantoms, folder):
-    metrics, _ = evaluate_it(phantoms, folder, "relation")
-    again, _ = evaluate_it(phantoms, folder, "relation", "--batch-size", "7")
-    assert set("auroc ap cell_auroc side top1 n trivial place".split()) <= metrics.keys()
-    assert numbers(again) == pytest.approx(numbers(metrics), abs=2e-3)
+        flags = phantoms, folder, task, "--limit", "10"  # of each split
+        test = evaluate_it(*flags)[0]["threshold"]
+        held = evaluate_it(*flags, "--split", "validate")[0]["threshold"]
+        if task == "classification":  # 0.5 where validation has only one kind, None where test has
+            held = {name: held[name] or 0.5 for name in test if test[name] is not None}
+            test = {name: test[name] for name in held}
+        assert test == pytest.approx(held)
 
 
 def test_dicom_files_are_equalised_for_a_model_of_mimic(tmp_path):
@@ -142,17 +127,15 @@ def test_deleting_the_cells_that_matter_takes_the_logit_down():
     assert drops["12"]["map"] > 2 * drops["12"]["random"]
 
 
-EMBEDDING = ["--split", "train", "--limit", "60"]
-
-
 def test_embedding_compares_three_networks(phantoms, folder):
-    metrics, arrays = evaluate_it(phantoms, folder, "embedding", *EMBEDDING)
-    classes, _ = evaluate_it(phantoms, folder, "classification", *EMBEDDING)
+    films = "--split", "train", "--limit", "60"
+    metrics, arrays = evaluate_it(phantoms, folder, "embedding", *films)
+    classes, _ = evaluate_it(phantoms, folder, "classification", *films)
     classes = classes["per_class"] | classes["unseen"]["per_class"]
     auroc = [scores["auroc"] for scores in classes.values() if scores["auroc"] is not None]
     # labels without a stored query are asked last; their scores keep the labels' order
     assert metrics["trained"]["existence"]["pathology"]["auroc"] == pytest.approx(np.mean(auroc))
-    tests = {"existence", "probes", "silhouette", "cka", "swap", "mask", "counterfactual"}
+    tests = {"existence", "probes", "cka", "swap", "mask", "counterfactual"}
     for network in ("trained", "untrained", "M = 0.5"):
         assert set(metrics[network]) == tests
         swap = metrics[network]["swap"]["A and B"]
@@ -160,20 +143,18 @@ def test_embedding_compares_three_networks(phantoms, folder):
     assert metrics["M = 0.5"]["mask"]["M"] == {"mean": 0.5, "deviation": 0, "near half": 1}
     assert metrics["trained"]["mask"]["M"]["deviation"] > 0.01
     assert metrics["M = 0.5"]["cka"]["features"]["cka"] == pytest.approx(1)
-    assert metrics["trained"]["cka"]["features"]["cka"] < 0.9999
     assert numbers(metrics["trained"]) != numbers(metrics["untrained"])
     assert len(arrays["ids"]) == len(arrays["anatomy_tokens"]) == metrics["n"] == 60
 
 
 def test_embedding_of_one_stream_without_reports(tmp_path, monkeypatch):
     """The first two axes stand for its t-SNE, which takes seconds."""
-    tsne = SimpleNamespace(fit_transform=lambda points: points[:, :2])
-    monkeypatch.setattr(evaluate.figures, "TSNE", lambda **_: tsne)
+    monkeypatch.setattr(evaluate.figures, "flatten", lambda points: points[:, :2])
     phantom.write("nih", str(tmp_path / "nih"), 60, seed=1, size=32, workers=1)
     save_model(tmp_path / "ckpt.pt", streams="single")
     metrics, _ = evaluate_it(tmp_path / "nih", tmp_path, "embedding", "--split", "train",
                              dataset="nih")
-    assert set(metrics["trained"]) == {"existence", "probes", "silhouette"}
+    assert set(metrics["trained"]) == {"existence", "probes"}
     assert "anatomy_tokens" not in metrics["trained"]["probes"] and "M = 0.5" not in metrics
     assert set(metrics["trained"]["probes"]["raw_features"]) == {"pathology"}  # no places
 
@@ -193,6 +174,13 @@ def test_a_model_without_queries_or_of_larger_images(phantoms, tmp_path):
     evaluate_it(phantoms, tmp_path, "relation", "--text-encoder", "hashing", "--limit", "5",
                 "--image-size", "96", "--cache-dir", str(tmp_path / "cache"))
     assert [path.name[:11] for path in (tmp_path / "cache").iterdir()] == ["prepared-96"]
+
+
+def test_relation_is_the_same_whatever_the_batch_size(phantoms, folder):
+    metrics, _ = evaluate_it(phantoms, folder, "relation")
+    again, _ = evaluate_it(phantoms, folder, "relation", "--batch-size", "7")
+    assert set("auroc ap cell_auroc side top1 n trivial place".split()) <= metrics.keys()
+    assert numbers(again) == pytest.approx(numbers(metrics), abs=2e-3)
 
 
 def test_predict_takes_a_file_and_a_prompt(phantoms, folder, capsys):

@@ -29,10 +29,10 @@ def test_a_class_of_one_kind_is_none_and_not_in_the_mean():
     assert s["per_class"]["b"]["auroc_ci95"] == (None, None) and None not in s["auroc_ci95"]
 
 
-def test_released_accuracy_counts_what_lies_above_the_threshold():
+def test_customary_accuracy_counts_what_lies_above_the_threshold():
     """Scores 4 3 2 1 of labels 1 0 1 0: best F1 0.8 at 2; above 2 are a hit and a false one."""
     labels, scores = np.array([[1, 0, 1, 0, -1]]).T, np.array([[4, 3, 2, 1, 9]]).T
-    s = metrics.released_scores(np.hstack([labels, 0 * labels]), np.hstack([scores, scores]))
+    s = metrics.customary_scores(np.hstack([labels, 0 * labels]), np.hstack([scores, scores]))
     assert (s["auroc"], s["f1"], s["acc"]) == (0.75, pytest.approx(0.8), 0.5)
 
 
@@ -44,8 +44,7 @@ def test_healthy_controls_by_pencil():
     assert metrics.auroc_healthy(labels[:, :1], scores[:, :1], ["a"]) == {}  # others unknown
     assert metrics.auroc_healthy(labels[:2], scores[:2], ["a", "b"]) == {}   # nobody healthy
     # with a label that says so, an image is healthy only where it is 1
-    said, names = np.array([[0], [0], [0], [0], [0]]), ["a", "b", "No Finding"]
-    scores = np.hstack([scores, scores[:, :1]])
+    said, names, scores = np.zeros((5, 1)), ["a", "b", "No Finding"], scores[:, [0, 1, 0]]
     assert metrics.auroc_healthy(np.hstack([labels, said]), scores, names) == {}
     said[2] = 1
     healthy = metrics.auroc_healthy(np.hstack([labels, said]), scores, names)
@@ -84,56 +83,45 @@ def test_grounding_by_pencil():
 
 def test_three_pointing_rules_by_pencil():
     """A mask of one pixel at (0, 3), cells of 4 x 4 pixels: the point (0, 0) is in the mask's block
-    and three pixels away; (0, 4) is next to the mask, in another block; (4, 4) is too far."""
-    mask = np.arange(64).reshape(8, 8) == 3
-    regions = metrics.hit_regions(mask, 2, 2)
-    for point, hits in (((0, 3), [1, 1, 1]), ((0, 0), [0, 1, 1]), ((0, 4), [0, 1, 0]),
-                        ((4, 4), [0, 0, 0])):
-        heat = np.zeros((8, 8))
+    and three pixels away; (0, 4) is next to the mask, in another block; (4, 4) is too far. Equal
+    maxima share the point."""
+    mask, heats = np.arange(64).reshape(8, 8) == 3, np.zeros((4, 8, 8))
+    for heat, point in zip(heats, ((0, 3), (0, 0), (0, 4), (4, 4))):
         heat[point] = 1
-        assert metrics.map_scores(heat, heat, regions, 0.5)[:3] == hits
-    everywhere = np.ones((8, 8))
-    assert metrics.map_scores(everywhere, everywhere, regions, 0.5)[0] == 1 / 64  # shared
+    maps = [(heat, heat, 0.5) for heat in (*heats, np.ones((8, 8)))]
+    scores = np.array(metrics.score_maps(maps, mask, 2, 2))[:, :3]
+    assert scores[:4].tolist() == [[1, 1, 1], [0, 1, 1], [0, 1, 0], [0, 0, 0]]
+    assert scores[4, 0] == 1 / 64 and scores[4, 2] == 1 / 4
 
 
-def test_trivial_answers_stand_beside_the_map():
-    """A mask of one block of four, as the training masks; the film is brightest elsewhere."""
-    cells, mask = np.array([[1.0, 0.0], [0.0, 0.0]]), np.zeros((8, 8), bool)
+def test_answers_stand_beside_the_map():
+    """A mask of one block of four, as the training masks; the film is brightest elsewhere. Released
+    regions are all blocks above 0, here the film: Dice 2/5."""
+    cells, mask = np.array([[9.0, 1.0], [1.0, 1.0]]), np.zeros((8, 8), bool)
     mask[:4, :4] = True
     film = np.ones((8, 8))
     film[7, 7] = 2
     finding = SimpleNamespace(label="mass", film=film, mask=mask, cells=cells,
                               heat=metrics.nearest(cells, 8, 8))
-    each = np.array([metrics.all_scores(finding, {"mass": (mask, 0.5)}, 0.6)])  # [1,4,5]
+    fixed = metrics.fixed_answers([(0, "mass", mask), (1, "tube", ~mask)])
+    each = np.array([metrics.all_scores(finding, fixed, 0.6)])                  # [1,5,5]
     s = metrics.grounding_summary(np.array(["mass"]), each, np.array(["a"]), n=5)
     assert s["pointing_game"] == s["dice"] == 1 and s["pointing_game_ci95"] == (1, 1)
+    assert s["released"]["pointing_released"] == 1
     assert s["trivial"]["fixed"]["pointing_game"] == s["trivial"]["fixed"]["dice"] == 1
     assert s["trivial"]["brightest_point"]["pointing_within_cell"] == 0
     assert s["trivial"]["random_point"]["pointing_game"] == 1 / 4
-    assert s["trivial"]["random_point"]["dice"] == pytest.approx(2 / 5)  # the whole film
-    assert s["worst"] == {"name": "mass", "pointing_within_cell": 1} and s["n"] == 1
+    assert s["released"]["dice"] == s["trivial"]["random_point"]["dice"] == pytest.approx(2 / 5)
+    assert s["worst"] == "mass" and s["n"] == 1
 
 
-def test_released_regions_by_pencil():
-    """2 x 2 cells of 4 x 4 pixels, a mask of one block. Above 0 are all four blocks: IoU 1/4, Dice
-    2/5. Above 0.008 of the highest map, which is the second one's 1000: none of the first, and of
-    the second the block of the mask alone."""
-    cells, mask = np.array([[8.0, 1.0], [1.0, 1.0]]), np.arange(8) < 4
-    mask = mask[:, None] & mask
-    found = [SimpleNamespace(label="mass", cells=x, mask=mask) for x in
-             (cells, np.array([[1000.0, 8.0], [1.0, 1.0]]))]
-    s = metrics.released_regions(found)
-    assert (s["dice_released"], s["iou_released"]) == pytest.approx((0.4, 0.25))
-    assert (s["dice_medklip"], s["iou_medklip"]) == pytest.approx((0.5, 0.5))
-
-
-def test_dice_over_thresholds_and_the_best_of_them():
+def test_the_threshold_of_best_dice():
     """Masks a, a and b within a: the mean is 1 on b and 2/3 on the rest of a. Above 0.66 is a: Dice
     1, 1, 2/3; above 2/3 only b: 2/3, 2/3, 1."""
     a, b = (np.arange(16).reshape(4, 4) < size for size in (8, 4))
     mean = np.mean([a, a, b], axis=0)
     assert metrics.best_dice_threshold([mean] * 3, [a, a, b]) < 2 / 3
-    assert metrics.dice_at(mean, a, [0.5, 0.7]).tolist() == pytest.approx([1, 2 / 3])
+    assert metrics.best_dice_threshold([mean] * 3, [a, b, b]) > 2 / 3
 
 
 @pytest.mark.parametrize("name", ["small", "resnet18", "resnet50"])
