@@ -17,9 +17,9 @@ import data
 import phantom
 from cli import InputError
 from conftest import ROOT
-from formats import BLANK, UNKNOWN, Item, Mask
+from formats import Item, Mask, box
 from formats.images import decode_rle, read_image, read_mask
-from formats.items import draw_split, settle_labels, settle_splits
+from formats.items import draw_split, settle_splits
 from formats.prepare import decode
 from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix, swap_sides
 
@@ -75,7 +75,7 @@ def test_dicom_files_alone_are_equalised_on_request(phantoms, tmp_path):
     assert even.equalized and not plain.equalized and not load(phantoms, equalize=True).equalized
 
 
-def test_four_kinds_of_masks(tmp_path):
+def test_kinds_of_masks(tmp_path):
     mask = decode_rle("1 2 1022 2")  # column 0 rows 1, 2; column 1 rows 1, 2
     assert mask.shape == (1024, 1024) and mask.sum() == 4 and mask[1:3, 0:2].all()
     Image.fromarray(np.array([[0, 1], [2, 3]], np.uint8)).save(tmp_path / "bits.png")
@@ -86,14 +86,17 @@ def test_four_kinds_of_masks(tmp_path):
     assert part.shape == (4, 4) and part.sum() == 2 and part[1, 2:].all()
 
 
+def test_a_thin_box_keeps_a_pixel_and_where_nobody_looked_there_is_no_mask():
+    items = [Item("a", "", "p", "test", (1,), masks=(box("Pneumonia", [256, 512, 512, 1]),)),
+             Item("b", "", "q", "test", (0,)), Item("c", "", "r", "test", (0,), absent=["Mass"])]
+    table = data.Table("rsna", "", items, np.zeros((3, 8, 8), np.uint8), {}, {}, [], False)
+    boxed = table.mask(0, "Pneumonia")
+    assert boxed.shape == (8, 8) and boxed.sum() == 4 and boxed[4, 2:6].all()
+    assert table.mask(0, "Mass") is None and table.mask(1, "Pneumonia") is None
+    assert table.located(0) == ["Pneumonia"] and not table.mask(2, "Mass").any()
+
+
 # ------------------------------------------------------------------------- labels, splits, triplets
-
-def test_uncertain_labels():
-    items = [Item("a", "a", "p", "", (1, -1, BLANK)), Item("b", "b", "q", "", (UNKNOWN, 0, -1))]
-    names = ["Edema", "Cardiomegaly", "Mass"]
-    assert settle_labels(items, names, "ignore").tolist() == [[1, -1, 0], [-1, 0, -1]]
-    assert settle_labels(items, names, "ones").tolist() == [[1, 1, 0], [-1, 0, 1]]
-
 
 def test_splits_are_by_patient_and_depend_on_nothing_else():
     items = [Item(f"{k}", "", f"p{k // 3}", "", ()) for k in range(3000)]
@@ -115,7 +118,9 @@ def test_existence_is_the_matrix_that_is_taught(phantoms):
     for row, matrix in zip(rows, batch):
         assert (matrix == existence_matrix(table.triplets(row), PATHOLOGIES, ANATOMIES)).all()
     truth = table.truth(rows, PATHOLOGIES, ANATOMIES)
-    assert (truth == 1).sum() == sum(len(table.drawn[i]) for i in rows)
+    assert (truth == 1).sum() == sum(len(table.items[i].truth) for i in rows)
+    shown = (truth[:, :, [PATHOLOGIES.index(name) for name in table.label_names]] == 1).any(1)
+    assert (table.labels[rows] == shown).all()  # by the film, whatever the report says
     assert (truth[:, :, PATHOLOGIES.index("normal")] == -1).all()  # never drawn, so nobody knows
     assert (truth[:, ANATOMIES.index("heart_size"), PATHOLOGIES.index("effusion")] == 0).all()
 
@@ -125,12 +130,12 @@ def test_reports_are_read_once_and_again_when_some_were_added(copy, monkeypatch)
     text = gone.read_text()
     gone.unlink()
     table = load(copy)
-    assert (table.reports_read < 0).sum() == 1
-    monkeypatch.setattr("formats.triplets.extract_triplets", None)  # whoever calls it fails
-    assert (load(copy).flat == table.flat).all()
-    monkeypatch.undo()
+    assert table.reports.count(None) == 1
+    monkeypatch.setattr("formats.triplets.extract_triplets", lambda text, buckets: [])
+    again = load(copy)
+    assert all(again.triplets(i) == table.triplets(i) for i in range(160))
     gone.write_text(text)
-    assert (load(copy).reports_read < 0).sum() == 0
+    assert load(copy).reports.count([]) == again.reports.count([]) + 1  # this one alone was read
 
 
 def test_triplets_from_radgraph_and_from_the_published_matrix(copy, tmp_path):
@@ -151,7 +156,7 @@ def test_triplets_from_radgraph_and_from_the_published_matrix(copy, tmp_path):
     image = next(copy.glob("files/*/*/*/*.jpg")).stem
     (folder / "train.json").write_text(json.dumps({f"/far/{image}.jpg": {"labels_id": 1}}))
     table = load(copy, triplets=str(folder))
-    assert table.triplets(table.ids.index(image)) == [
+    assert table.triplets(np.flatnonzero(table.ids == image)[0]) == [
         Triplet("effusion", "right_pleural", 1), Triplet("normal", "heart_size", 0)]
 
 
@@ -262,14 +267,14 @@ def test_mirrored_images_have_their_sides_exchanged(phantoms):
     alone = batches(table, size=32, crop=1.0, operations=0, anatomies=["left_pleural"])
     mirrored = 0
     for row in swap.rows[:40]:
-        image, existence = swap.augmented(0, int(row))
-        plain = torch.from_numpy(existence_matrix(table.triplets(row), PATHOLOGIES, ANATOMIES))
-        turned = (image.numpy() == table.images[row][:, ::-1]).all()
-        assert torch.equal(existence, plain[exchanged] if turned else plain)
-        assert torch.equal(naive.augmented(0, int(row))[1], plain)
+        image, existence = swap.augmented(0, int(row)).values()
+        plain = existence_matrix(table.triplets(row), PATHOLOGIES, ANATOMIES)
+        turned = (image == table.images[row][:, ::-1]).all()
+        assert (existence == (plain[exchanged] if turned else plain)).all()
+        assert (naive.augmented(0, int(row))["existence"] == plain).all()
         mirrored += turned
         if "left_pleural" in {t.anatomy for t in table.triplets(row)}:  # its partner is not asked
-            assert (alone.augmented(0, int(row))[0].numpy() == table.images[row]).all()
+            assert (alone.augmented(0, int(row))["images"] == table.images[row]).all()
     assert 8 < mirrored < 32
 
 
