@@ -46,10 +46,10 @@ class Table:
     """N images of one data set, memory-mapped, with what is known about each.
 
     images uint8 [N,S,S]; ids, patients [N]; splits [N]: train, validate, test, or skipped where
-    the file was unusable (that row stays black). label_names [L] and labels int8 [N,L]: 1, 0, -1
-    unknown; label_pathologies: their names in our vocabulary, or None. reports [N]: the definite
-    triplets of each, None where there is no report; has_report bool [N]: where there is one such
-    triplet. equalized: whether DICOM files were histogram-equalised. problems: [(kind, what)].
+    the file was unusable. label_names [L] and labels int8 [N,L]: 1, 0, -1 unknown;
+    label_pathologies: their names in our vocabulary, or None. reports [N]: the definite triplets of
+    each, None where there is no report; has_report bool [N]: where there is such a triplet.
+    equalized: whether DICOM files were histogram-equalised. problems: [(kind, what)].
     """
 
     def __init__(self, dataset, root, items, images, reports, unusable, problems, equalized):
@@ -59,10 +59,10 @@ class Table:
         self.ids = np.array([item.id for item in items])
         self.patients = np.array([item.patient for item in items])
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
-        self.splits[list(unusable)] = "skipped"
+        self.splits[list(unusable)] = "skipped"  # these rows stay black
         self.reports = [reports.get(item.id) for item in items]  # lists: 0.7 GB for MIMIC
         self.has_report = np.array([bool(triplets) for triplets in self.reports])
-        self.known = {t[0] for triplets in reports.values() for t in triplets}  # pathologies
+        self.known = {t[0] for triplets in reports.values() for t in triplets}  # all pathologies
         self.hidden = set()  # left out, also of the bucket of rare findings: train.py --hold-out
         self.label_names, present = list(FORMATS[dataset].LABELS), []  # present: sets of names
         if dataset == "synthetic":  # by what is in the film, whatever its report says
@@ -101,7 +101,7 @@ class Table:
         drawn = [[Triplet(*pair, 1) for pair in self.items[i].truth] for i in rows]
         truth = np.stack([existence_matrix(t, pathologies, anatomies, blank=0) for t in drawn])
         names = {name for item in self.items for pair in item.truth for name in pair}
-        truth[:, [name not in names for name in anatomies]] = -1
+        truth[:, [name not in names for name in anatomies]] = -1                # [B,n,m]
         truth[:, :, [name not in names for name in pathologies]] = -1
         return truth
 
@@ -152,14 +152,14 @@ def load(dataset, root=None, size=256, cache_dir=None, views=None, labels="chexp
     folder = Path(cache_dir or root, f"prepared-{kind}-{digest}")
     try:
         if check and folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(folder)  # what was prepared
         images, unusable = prepare_images(root, items, folder, size, equalize, workers)
         reports = read_reports(root, items, folder, triplets, workers)
     except OSError as error:  # no space left, or a root that is read-only
         raise InputError(f"cannot prepare {folder} ({error.strerror}); what was finished is kept; "
                          "--cache-dir DIR puts it elsewhere") from None
     table = Table(dataset, root, items, images, reports, unusable, problems, equalize)
-    if not len(table.rows()):
+    if not len(table.rows()):  # such as a root without the archive of the images
         raise InputError(f"{root}: none of {len(items)} images can be used: {table.problems[-1]}")
     return table
 
@@ -218,8 +218,8 @@ def can_mirror(triplets, anatomies):
 class Batches(Dataset):
     """Training batches by global step number: step s is the same batch whenever it is asked for.
 
-    {"images" uint8 [B,size,size], "existence" int8 [B,n,m]}, of images with a usable report. Use
-    with DataLoader(batches, batch_size=None, sampler=range(first_step, last_step)).
+    {"images" uint8 [B,size,size], "existence" int8 [B,n,m]}. Use with
+    DataLoader(batches, batch_size=None, sampler=range(first_step, last_step)).
     batch_size is the global one; of its images rank r of `world` gets the r-th part.
     flip: "swap" mirrors an image with probability 1/2 and exchanges left and right in its triplets,
     unless `can_mirror` says no; "naive" mirrors and does not exchange (released); "none".
@@ -227,7 +227,7 @@ class Batches(Dataset):
 
     def __init__(self, table, rows, batch_size, seed, pathologies, anatomies, size, crop=0.2,
                  operations=2, flip="swap", rank=0, world=1):
-        self.rows = rows[table.has_report[rows]]
+        self.rows = rows[table.has_report[rows]]  # a film alone teaches nothing here
         self.table, self.batch_size, self.seed = table, batch_size, seed
         self.pathologies, self.anatomies = pathologies, anatomies
         self.operations, self.flip, self.rank, self.world = operations, flip, rank, world
@@ -243,7 +243,7 @@ class Batches(Dataset):
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         batch = order[step * self.batch_size:(step + 1) * self.batch_size]
         batch = np.resize(batch, self.batch_size)  # fewer images than one batch: repeated
-        part = np.split(batch, self.world)[self.rank]  # train.py sees to it that this divides
+        part = np.split(batch, self.world)[self.rank]  # train.py checks that this divides
         return default_collate([self.augmented(epoch, int(row)) for row in part])
 
     def augmented(self, epoch, row):
@@ -295,13 +295,14 @@ def load_from_args(args, image_size=0, check=False, model=None):
     dataset = args.dataset if "dataset" in args else args.data  # the latter: train.py
     size = max(64 if dataset == "synthetic" else 256, image_size)  # phantoms are drawn at 64
     flags = ("root", "cache_dir", "views", "labels", "triplets", "workers")
+    # what was left out is None: load has the defaults
     given = {flag: getattr(args, flag) for flag in flags if getattr(args, flag) is not None}
     return load(dataset, size=size, equalize=equalizes(args, model), check=check, **given)
 
 
 def find_problems(table):
     """[(kind, what)] of what stops no run."""
-    same, splits = collections.defaultdict(list), collections.defaultdict(set)
+    same, splits = collections.defaultdict(list), collections.defaultdict(set)  # ids; splits
     for row in table.rows():
         same[hash(table.images[row].tobytes())].append(table.ids[row])  # MIMIC's pixels: 25 GB
         splits[table.patients[row]].add(table.splits[row])
@@ -322,9 +323,9 @@ def print_receipt(table):
     if table.has_report.any():
         reports = [table.reports[i] for i in rows]
         values = [t.existence for i in rows for t in table.triplets(i)]
-        print(f"reports   {sum(table.has_report[rows])} with triplets, {reports.count([])} without, "
-              f"{reports.count(None)} images have none; {values.count(1)} triplets present, "
-              f"{values.count(0)} denied")
+        print(f"reports   {table.has_report[rows].sum()} with triplets, {reports.count([])} "
+              f"without, {reports.count(None)} images have none; {values.count(1)} triplets "
+              f"present, {values.count(0)} denied")
     print(f"located   {sum(bool(table.located(i)) for i in rows)} images have boxes or masks")
     print(f"\n{'label':<28}{'present':>9}{'absent':>9}{'unknown':>9}")
     for name, column in zip(table.label_names, table.labels[rows].T):

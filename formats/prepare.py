@@ -1,7 +1,7 @@
 """What takes long, done once: every image decoded to S x S pixels.
 
 Kept in <root>/prepared-<S>-<digest of the list of images>/ (prepared-<S>-eq-... where DICOM files
-were histogram-equalised): images.npy uint8 [N,S,S] with state.npy int8 [N], 1 where a row is ready.
+were histogram-equalised): images.npy uint8 [N,S,S], and state.npy int8 [N], 1 where a row is ready.
 A preparation that was killed goes on where it stopped; unusable images are tried again at the next
 load. triplets.py keeps what it read of the reports in the same folder.
 """
@@ -16,8 +16,6 @@ from tqdm import tqdm
 
 from cli import InputError
 from formats.images import read_image, trouble
-
-READY = 1  # in state.npy
 
 
 def apply(function, items):
@@ -39,8 +37,8 @@ def in_workers(function, items, workers, title):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Gives the name of a draft. Of two processes that make the same folder the first one renames
-    its draft, and both take that."""
+    """Gives the name of a draft to fill. Of two processes that make the same folder the first one
+    renames its draft, and both take that."""
     draft = path.with_name(f"{path.name}.{os.getpid()}")
     try:
         yield draft
@@ -67,7 +65,7 @@ def prepare_images(root, items, folder, size, equalize, workers):
             np.lib.format.open_memmap(draft / "images.npy", "w+", np.uint8, shape)
             np.save(draft / "state.npy", np.zeros(len(items), np.int8))
     images, unusable = np.load(folder / "images.npy", mmap_mode="r"), {}
-    rows = np.flatnonzero(np.load(folder / "state.npy") != READY).tolist()
+    rows = np.flatnonzero(np.load(folder / "state.npy") != 1).tolist()
     if not rows:  # nothing to write: the folder may be read-only
         return images, unusable
     state = np.load(folder / "state.npy", mmap_mode="r+")
@@ -81,5 +79,5 @@ def prepare_images(root, items, folder, size, equalize, workers):
                 continue
             file.seek(images.offset + row * size * size)
             file.write(pixels.tobytes())
-            state[row] = READY
+            state[row] = 1
     return images, unusable
