@@ -62,7 +62,7 @@ class Table:
         self.splits[list(unusable)] = "skipped"  # these rows stay black
         self.reports = [reports.get(item.id) for item in items]  # lists: 0.7 GB for MIMIC
         self.has_report = np.array([bool(triplets) for triplets in self.reports])
-        self.known = {t[0] for triplets in reports.values() for t in triplets}  # all pathologies
+        self.known = {t[0] for triplets in self.reports for t in triplets or ()}  # pathologies
         self.hidden = set()  # left out, also of the bucket of rare findings: train.py --hold-out
         self.label_names, present = list(FORMATS[dataset].LABELS), []  # present: sets of names
         if dataset == "synthetic":  # by what is in the film, whatever its report says

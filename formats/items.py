@@ -59,13 +59,13 @@ def settle_splits(items, shares):
     the training patients."""
     train, validate = shares
     splits, source = [item.split for item in items], "the publisher's"
-    if not any(splits):
-        splits = [draw_split(item.patient, train, validate) for item in items]
-        source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
-    elif "validate" not in splits:
-        share = validate / (train + validate)
-        for i, item in enumerate(items):
-            if item.split != "test":
-                splits[i] = draw_split(item.patient, 1 - share, share)
-        source += f", and {share:.0%} of its training patients to validate"
+    if "validate" not in splits:
+        if any(splits):
+            validate /= train + validate  # of those that are not for testing
+            train = 1 - validate
+            source += f", and {validate:.0%} of its training patients to validate"
+        else:
+            source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
+        splits = [split if split == "test" else draw_split(item.patient, train, validate)
+                  for item, split in zip(items, splits)]
     return np.array(splits, dtype="<U8"), source

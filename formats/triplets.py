@@ -28,8 +28,8 @@ def read_report(root, item):
 
 
 def read_reports(root, items, folder, source, workers):
-    """{item id: its `definite` triplets} of all items that have a report. source: "rules", a
-    RadGraph file, or the folder of the published matrix and train.json."""
+    """{item id: its `definite` triplets}, nothing or None where there is no report. source: "rules",
+    a RadGraph file, or the folder of the published matrix and train.json."""
     if source != "rules":
         return look_up(items, source)
     key = "\n".join([rules_key(), *[item.note for item in items]])
@@ -52,11 +52,10 @@ def look_up(items, source):
             return read_matrix(items, Path(source))
         graphs = tqdm(read_radgraph(source), "RadGraph")
         found = {Path(key).stem: definite(radgraph_triplets(graph, False)) for key, graph in graphs}
+        return {item.id: found.get(Path(item.report).stem) for item in items}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--triplets {source}: neither a RadGraph .json nor the folder of the "
                          f"published matrix and train.json ({error})") from None
-    stems = {item.id: Path(item.report).stem for item in items}
-    return {name: found[stem] for name, stem in stems.items() if stem in found}
 
 
 def read_matrix(items, folder):
