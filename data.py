@@ -136,20 +136,18 @@ class Table:
 def load(dataset, root=None, size=256, cache_dir=None, views=None, labels="chexpert",
          triplets="rules", equalize=False, workers=cores(), check=False):
     """A data set as a Table. The first call prepares it; later ones map its images into memory.
-
     size: pixels a side; check: prepare it anew; the rest: see add_data_flags. InputError where the
-    data cannot be used.
-    """
+    data cannot be used."""
     root = Path(root or f"data/{dataset}").absolute()
-    if dataset == "synthetic" and not root.exists():
+    if dataset == "synthetic" and not any(root.glob("*")):
         draw_synthetic(root, workers)
     root = find_root(dataset, root)
     items, problems = read_items(dataset, root, views or FORMATS[dataset].VIEWS, labels)
     # other images (another download, other views) or other pixels: another folder
     digest = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:8]
     equalize = equalize and any(item.path.lower().endswith(DICOM) for item in items)
-    kind = f"{size}-eq" if equalize else size
-    folder = Path(cache_dir or root, f"prepared-{kind}-{digest}")
+    kind = "-eq" if equalize else ""
+    folder = Path(cache_dir or root, f"prepared-{size}{kind}-{digest}")
     try:
         if check and folder.exists():
             shutil.rmtree(folder)  # what was prepared
@@ -184,10 +182,8 @@ def to_input(images, size):
 
 
 def released_operation(image):
-    """One of the ten operations of the released RandAugment, with probability 1/2.
-
-    torchvision's RandAugment(2, 7) is another one: 14 operations, always applied, at level 7 of 30.
-    """
+    """One of the ten operations of the released RandAugment, with probability 1/2. Torchvision's
+    RandAugment(2, 7) is another one: 14 operations, always applied, at level 7 of 30."""
     choice = int(torch.randint(10, ()))
     if torch.rand(()) >= 0.5:
         return image
