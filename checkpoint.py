@@ -162,7 +162,7 @@ def build_queries(table, args):
                     if t.pathology in text.PATHOLOGIES)
         pathologies, anatomies = text.top_queries(triplets, args.pathologies, args.anatomies)
     # only the published matrix has labels for excluded_obs
-    left_out = table.hidden | ({"excluded_obs"} - set(table.names))
+    left_out = table.hidden | ({"excluded_obs"} - table.known)
     pathologies = [name for name in pathologies if name not in left_out]
     return encode_queries(pathologies, anatomies, args.text_encoder, args.pathology_book,
                           args.place_words == "published")

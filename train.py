@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import ask, build_queries, copy_weights, training_state
 from cli import (InputError, Parser, atomic, ignore_signals, join_processes, number, open_log,
                  pick_amp, run)
-from data import DATASETS, Batches, add_data_flags, load_from_args, normalise
+from data import DATASETS, Batches, add_data_flags, load_from_args, to_input
 from losses import image_labels, medslip_loss
 from metrics import classification_scores
 from model import MeDSLIP, MeDSLIPConfig
@@ -186,9 +186,9 @@ def prepare(args, saved, rank, world):
         raise InputError(f"no training image of {table.root} has a report with a usable triplet; "
                          "see --data and --triplets")
     table.hidden = set(filter(None, args.hold_out.split(",")))
-    known = {table.names[i] for i in np.unique(table.flat[:, 0])}  # flat [.,3]: pathologies first
-    if not table.hidden <= known:
-        raise InputError(f"--hold-out {args.hold_out}: the reports know {', '.join(sorted(known))}")
+    if not table.hidden <= table.known:
+        raise InputError(f"--hold-out {args.hold_out}: the reports know "
+                         f"{', '.join(sorted(table.known))}")
     queries = saved.get("queries") or build_queries(table, args)
     if world > 1 and rank == 0:
         torch.distributed.barrier()
@@ -317,7 +317,7 @@ def main(args):
     last = step >= total  # a finished run that is resumed has nothing to do
     while not last:
         batch = next(loader)
-        images = normalise(batch["images"].to(device, non_blocking=True))       # [b,3,H,W]
+        images = to_input(batch["images"].to(device, non_blocking=True), args.image_size)
         images = images.contiguous(memory_format=torch.channels_last)  # as the model's weights
         existence = batch["existence"].to(device, non_blocking=True)            # [b,n,m]
         if args.schedule == "smooth":

@@ -14,17 +14,14 @@ import csv
 import glob
 import gzip
 import io
-import zlib
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import fsspec
 
 from cli import InputError
 from text import PATHOLOGIES
 
-BLANK, UNKNOWN = -2, -3         # labels beside 1, 0, -1 uncertain: not mentioned; nobody looked
 PATHOLOGY = {name.capitalize(): name for name in PATHOLOGIES} | {  # label: name in text.py
     "No Finding": "normal", "Enlarged Cardiomediastinum": "enlarge", "Lung Opacity": "opacity",
     "Lung Lesion": "lesion", "Pleural Effusion": "effusion", "Pleural Other": "abnormality",
@@ -35,24 +32,23 @@ PATHOLOGY |= {name: name for name in PATHOLOGIES}
 
 class Mask(NamedTuple):  # where a label is
     label: str
-    kind: str             # "file", "bit", "crop" or "rle": see images.read_mask
-    source: str           # path of an image; "rle": SIIM's text
-    place: object = None  # number of the bit; (x, y, width, height) of the crop in fractions
+    kind: str             # "file", "bit", "crop", "rle" or "box": see images.read_mask
+    source: str = ""      # path of an image; "rle": SIIM's text
+    place: object = None  # number of the bit; (x, y, width, height) of crop or box in fractions
 
 
 class Item(NamedTuple):
-    """One image. Paths are relative to the root, boxes in fractions of the image."""
+    """One image. Paths are relative to the root."""
     id: str
     path: str
     patient: str
     split: str            # train, validate, test; "" where the publisher does not say
-    labels: tuple         # 1, 0, -1, BLANK or UNKNOWN, one per label name
+    labels: tuple         # 1, 0, or -1 unknown, one per label name
     report: str = ""      # path of a report
     note: str = ""        # or its text
-    boxes: tuple = ()     # of (label, x, y, width, height)
-    masks: tuple = None   # of Mask; () if somebody looked and drew nothing, None if nobody looked
+    masks: tuple = ()     # of Mask
+    absent: tuple = ()    # labels that somebody looked for: without a mask they are not there
     truth: tuple = ()     # of (pathology, anatomy) as drawn by phantom.py
-    absent: tuple = None  # labels that are not there unless a mask shows them; None: all labels
 
 
 @contextlib.contextmanager
@@ -83,7 +79,7 @@ def csv_rows(root, *names):
         with fsspec.open(path, "rt", **how) as file:
             for row in csv.DictReader(file, restval=""):  # a row may be cut off
                 yield {name.strip(): cell.strip() for name, cell in row.items() if name}
-    except (OSError, EOFError, IndexError, zlib.error, BadZipFile, csv.Error) as error:
+    except Exception as error:  # gzip, zip and csv raise different ones on a damaged file
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 
 
@@ -97,11 +93,11 @@ def paths_by_stem(root):
 
 
 def box(label, sides):
-    """(label, x, y, width, height) in fractions of the image, from pixels of 1024 a side."""
+    """The Mask of a box (x, y, width, height) in pixels of 1024 a side."""
     x, y, width, height = (float(side) / 1024 for side in sides)
     if not (x >= 0 and y >= 0 and width > 0 and height > 0):  # or one is nan
         raise ValueError(f"no box: {sides}")
-    return label, x, y, width, height
+    return Mask(label, "box", place=(x, y, width, height))
 
 
 def write_text(path, text):

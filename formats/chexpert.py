@@ -10,7 +10,7 @@ takes validate from train. Trap: Path begins with the folder of the release.
 """
 from pathlib import Path
 
-from formats import BLANK, Item, csv_rows, find, skip_if_bad, write_csv
+from formats import Item, csv_rows, find, skip_if_bad, write_csv
 
 FILES = ("train.csv", "valid.csv", "test_labels.csv")
 FOLDERS = {"train": "train", "validate": "valid", "test": "test"}
@@ -22,7 +22,8 @@ LABELS = {  # in the order of the csv: what phantom.py draws for each
     "Consolidation": {"consolidation"}, "Pneumonia": {"pneumonia"}, "Atelectasis": {"atelectasis"},
     "Pneumothorax": {"pneumothorax"}, "Pleural Effusion": {"effusion"}, "Pleural Other": set(),
     "Fracture": {"fracture"}, "Support Devices": {"tube"}}
-VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1, "": BLANK}  # of a cell
+VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1,  # of a cell
+         "": 0}  # not mentioned counts as absent, as is customary
 
 
 def label_values(row):

@@ -60,7 +60,7 @@ def read(root, views, labels, problems):
             if Path(root, lungs).exists():
                 masks = [*masks, Mask("lung", "file", lungs)]
             yield Item(name, f"images/{name}", row["patientid"], "", values,
-                       note=row["clinical_notes"], masks=tuple(masks) or None,
+                       note=row["clinical_notes"], masks=tuple(masks),
                        absent=("consolidation", "opacity") if stem in drawn else ())
 
 

@@ -1,10 +1,9 @@
-"""Image and mask files: PNG, JPEG and DICOM to grey pixels, four kinds of masks to booleans."""
+"""Image and mask files: PNG, JPEG and DICOM to grey pixels, five kinds of masks to booleans."""
 import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-
 
 DICOM = (".dcm", ".dicom")
 
@@ -57,8 +56,16 @@ def trouble(path):
     return "corrupt" if head else "empty"
 
 
-def read_mask(root, mask):
-    """bool [H,W] of a formats.Mask."""
+def read_mask(root, mask, size=256):
+    """bool [H,W] of a formats.Mask; a box is filled on a grid of size x size."""
+    if mask.kind == "box":
+        x, y, width, height = mask.place
+        left, right = round(x * size), round((x + width) * size)
+        top, bottom = round(y * size), round((y + height) * size)
+        film = np.zeros((size, size), bool)
+        # a thin box keeps one pixel: an empty mask would say that nothing is there
+        film[top:max(bottom, top + 1), left:max(right, left + 1)] = True
+        return film
     if mask.kind == "rle":
         return decode_rle(mask.source)
     path = os.path.join(root, mask.source)

@@ -1,4 +1,4 @@
-"""From a folder to checked Items: which format reads it, where it lies, its splits and labels."""
+"""From a folder to checked Items: which format reads it, where it lies, its splits."""
 import hashlib
 import os
 from pathlib import Path
@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError
-from formats import (BLANK, UNKNOWN, chexpert, covid_chestxray, covidx, find, mimic, nih, openi,
-                     roco, rsna, siim)
+from formats import (chexpert, covid_chestxray, covidx, find, mimic, nih, openi, roco, rsna, siim)
 
 FORMATS = {"synthetic": mimic, "mimic": mimic, "nih": nih, "rsna": rsna, "siim": siim,
            "covidx": covidx, "chexpert": chexpert, "openi": openi,
@@ -26,10 +25,10 @@ def find_root(dataset, root):
 
 
 def read_items(dataset, root, views, labels):
-    """(label names, items, problems) of a data set as downloaded; no image is opened here."""
-    source, kept, problems = FORMATS[dataset], {}, []
+    """(items, problems) of a data set as downloaded; no image is opened here."""
+    kept, problems = {}, []
     try:
-        items = list(source.read(root, views, labels, problems))
+        items = list(FORMATS[dataset].read(root, views, labels, problems))
     except (KeyError, ValueError, TypeError, IndexError, OSError) as error:
         raise InputError(f"{root}: a label file lacks a column or is damaged ({error!r})") from None
     for item in items:
@@ -42,23 +41,7 @@ def read_items(dataset, root, views, labels):
             kept[item.id] = item
     if not kept:
         raise InputError(f"{root}: no usable row; the first problem: {problems[:1]}")
-    names, items = list(source.LABELS), list(kept.values())
-    if labels == "drawn":  # phantoms: by what is in the film, whatever its report says
-        names = sorted({pathology for item in items for pathology, _ in item.truth})
-        for i, item in enumerate(items):
-            drawn = dict(item.truth)
-            items[i] = item._replace(labels=tuple(int(name in drawn) for name in names))
-    return names, items, problems
-
-
-def settle_labels(items, names, uncertain):
-    """int8 [N,L] in 1, 0, -1 unknown. Blank counts as absent, as is customary."""
-    labels = np.array([item.labels for item in items], np.int8).reshape(len(items), len(names))
-    doubtful = labels == -1                                                     # [N,L]
-    labels[labels == UNKNOWN] = -1
-    labels[labels == BLANK] = 0
-    labels[doubtful] = {"ignore": -1, "zeros": 0, "ones": 1}[uncertain]
-    return labels
+    return list(kept.values()), problems
 
 
 def draw_split(patient, train, validate):
@@ -76,13 +59,13 @@ def settle_splits(items, shares):
     the training patients."""
     train, validate = shares
     splits, source = [item.split for item in items], "the publisher's"
-    if not any(splits):
-        splits = [draw_split(item.patient, train, validate) for item in items]
-        source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
-    elif "validate" not in splits:
-        share = validate / (train + validate)
-        for i, item in enumerate(items):
-            if item.split != "test":
-                splits[i] = draw_split(item.patient, 1 - share, share)
-        source += f", and {share:.0%} of its training patients to validate"
+    if "validate" not in splits:
+        if any(splits):
+            validate /= train + validate  # of those that are not for testing
+            train = 1 - validate
+            source += f", and {validate:.0%} of its training patients to validate"
+        else:
+            source = f"made by patient, {train:.0%} train, {validate:.0%} validate"
+        splits = [split if split == "test" else draw_split(item.patient, train, validate)
+                  for item, split in zip(items, splits)]
     return np.array(splits, dtype="<U8"), source

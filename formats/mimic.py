@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError
-from formats import UNKNOWN, Item, Mask, csv_rows, find, skip_if_bad, write_csv
+from formats import Item, Mask, csv_rows, find, skip_if_bad, write_csv
 from formats.chexpert import LABELS, label_values, said
+from text import PATHOLOGIES
 
 FILES = ("mimic-cxr-2.0.0-split.csv",)
 GET = "https://physionet.org/content/mimic-cxr-jpg, its reports /content/mimic-cxr (credentialed)"
@@ -58,8 +59,8 @@ def read(root, views, labels, problems):
             masks = [Mask(box["pathology"], "bit", bits, int(box["finding"])) for box in drawn]
             if views == "all" or frontal:
                 yield Item(name, f"{folder}/{name}.jpg", patient, row["split"],
-                           values.get(study, (UNKNOWN,) * len(LABELS)), f"{above}{folder}.txt",
-                           masks=tuple(masks) if boxes else None, truth=truth)
+                           values.get(study, (-1,) * len(LABELS)), f"{above}{folder}.txt",
+                           masks=tuple(masks), absent=PATHOLOGIES if boxes else (), truth=truth)
 
 
 def write(root, films, draw):

@@ -39,7 +39,7 @@ def read(root, views, labels, problems):
             path = paths.get(name.removesuffix(".png"), f"images/{name}")
             values = tuple(int(label in found) for label in LABELS)
             yield Item(name, path, row["Patient ID"], "test" if name in tests else "", values,
-                       boxes=tuple(boxes[name]))
+                       masks=tuple(boxes[name]))
 
 
 def write(root, films, draw):

@@ -14,7 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from cli import InputError
-from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
+from formats import Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
 
 FILES = ("ecgen-radiology", "NLMCXR_reports*.tgz")
 GET = "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)"
@@ -65,7 +65,7 @@ def read(root, views, labels, problems):
                for row in csv_rows(root, "nlmcxr_dicom_metadata.csv")}
     for report in reports(root, problems):
         heads = {term.split("/")[0].strip() for term in report["terms"]} - {"", "No Indexing"}
-        values = (UNKNOWN,) * len(OPENI)
+        values = (-1,) * len(OPENI)
         if heads:
             values = tuple(int(bool(heads & set(terms))) for terms in OPENI.values())
         for name in report["images"]:

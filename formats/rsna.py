@@ -45,7 +45,7 @@ def read(root, views, labels, problems):
         with skip_if_bad(problems, f"box of {name}"):
             located = tuple(box(LABELS[0], sides) for sides in found)
             yield Item(name, path or f"stage_2_train_images/{name}.dcm", patients.get(name, name),
-                       "test" if name in tests else "", (int(bool(found)),), boxes=located)
+                       "test" if name in tests else "", (int(bool(found)),), masks=located)
 
 
 def save_dicom(film, image):

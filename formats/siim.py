@@ -51,7 +51,7 @@ def read(root, views, labels, problems):
             if name in rles:
                 masks = [rle_mask(rle) for rle in rles[name]]
             yield Item(name, paths.get(name, f"{name}.dcm"), name, splits.get(name, ""),
-                       (int(bool(masks)),), masks=tuple(masks))
+                       (int(bool(masks)),), masks=tuple(masks), absent=LABELS)
 
 
 def encode(mask):

@@ -1,6 +1,7 @@
-"""Where triplets come from: the rules on a report's text, RadGraph's JSON, the published matrix.
-Each `from_` function gives the triplets of an Item, None where it has no report.
+"""Triplets of reports: by the rules from their text, or as RadGraph's JSON or the published matrix
+have them. What the rules gave is kept beside the prepared images.
 """
+import hashlib
 import json
 import os
 from functools import partial
@@ -9,57 +10,67 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cli import InputError
+from cli import InputError, atomic
+from formats.prepare import in_workers
 from reports import extract_triplets, rules_key
-from text import ANATOMIES, PATHOLOGIES, Triplet, radgraph_triplets, read_radgraph
+from text import ANATOMIES, PATHOLOGIES, radgraph_triplets, read_radgraph
 
 
-def triplet_source(source, root):
-    """--triplets -> (function of an Item, text that changes where its triplets may)."""
-    if source == "rules":
-        return partial(from_rules, root), rules_key()
+def definite(triplets):
+    """Sorted [(pathology, anatomy, 1 or 0)], without what is in doubt."""
+    return sorted({t[:3] for t in triplets if t.existence >= 0})
+
+
+def read_report(root, item):
+    path = Path(root, item.report)
+    text = path.read_text("utf-8", "replace") if path.is_file() else item.note
+    return definite(extract_triplets(text, buckets=False))
+
+
+def read_reports(root, items, folder, source, workers):
+    """{item id: its `definite` triplets}, nothing or None where there is no report. source: "rules",
+    a RadGraph file, or the folder of the published matrix and train.json."""
+    if source != "rules":
+        return look_up(items, source)
+    key = "\n".join([rules_key(), *[item.note for item in items]])
+    path = folder / f"triplets-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    unread = [item for item in items if item.id not in found  # also reports that were added since
+              and (item.note.strip() or os.path.isfile(os.path.join(root, item.report)))]
+    if unread:
+        read = in_workers(partial(read_report, root), unread, workers, "reports")
+        found |= {item.id: triplets for item, triplets in zip(unread, read)}
+        with atomic(path) as draft:
+            draft.write_text(json.dumps(found))
+    return found
+
+
+def look_up(items, source):
+    """{item id: triplets} of RadGraph or of the published matrix."""
     try:
         if os.path.isdir(source):
-            source = os.path.join(source, "landmark_observation_adj_mtx.npy")
-            triplets_of = partial(from_matrix, *read_matrix(source))
-        else:
-            graphs = tqdm(read_radgraph(source), "RadGraph")
-            triplets = {Path(key).stem: radgraph_triplets(graph, False) for key, graph in graphs}
-            triplets_of = partial(from_radgraph, triplets)
-        return triplets_of, f"{source} {os.path.getmtime(source)}"
+            return read_matrix(items, Path(source))
+        graphs = tqdm(read_radgraph(source), "RadGraph")
+        found = {Path(key).stem: definite(radgraph_triplets(graph, False)) for key, graph in graphs}
+        return {item.id: found.get(Path(item.report).stem) for item in items}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--triplets {source}: neither a RadGraph .json nor the folder of the "
                          f"published matrix and train.json ({error})") from None
 
 
-def from_rules(root, item):
-    note, path = item.note, Path(root, item.report)
-    if path.is_file():
-        note = path.read_text("utf-8", "replace")
-    return extract_triplets(note, buckets=False) if note.strip() else None
-
-
-def from_radgraph(triplets, item):
-    """triplets: by the name of the report's file, without its ending."""
-    return triplets.get(Path(item.report).stem)
-
-
-def read_matrix(path):
-    """(published matrix [reports,n,m], memory-mapped: 6.75 GB; {image: its row}). The rows are in
-    .json files beside it, whose keys are paths on the authors' disks: only file names count."""
-    matrix, rows = np.load(path, mmap_mode="r"), {}
-    for name in Path(path).parent.glob("*.json"):
-        for key, value in json.loads(name.read_text()).items():
+def read_matrix(items, folder):
+    """The matrix [reports,n,m] is memory-mapped: 6.75 GB. Its rows are in .json files beside it,
+    whose keys are paths on the authors' disks: only file names count."""
+    matrix, rows = np.load(folder / "landmark_observation_adj_mtx.npy", mmap_mode="r"), {}
+    for path in folder.glob("*.json"):
+        for key, value in json.loads(path.read_text()).items():
             if isinstance(value, dict):  # else a book of prompts that lies there too
                 rows[Path(key).stem] = int(value["labels_id"])
     if matrix.shape[1:] != (len(ANATOMIES), len(PATHOLOGIES)) or not rows:
         raise ValueError(f"found {len(rows)} images and a matrix {matrix.shape}")
-    return matrix, rows
-
-
-def from_matrix(matrix, rows, item):
-    if item.id not in rows:
-        return None
-    existence = matrix[rows[item.id]]                                           # [n,m]
-    return [Triplet(PATHOLOGIES[j], ANATOMIES[i], int(existence[i, j]))
-            for i, j in np.argwhere((existence == 0) | (existence == 1))]
+    found = {}
+    for name in rows.keys() & {item.id for item in items}:
+        existence = matrix[rows[name]]                                          # [n,m]
+        cells = np.argwhere((existence == 0) | (existence == 1))                # [.,2]
+        found[name] = sorted((PATHOLOGIES[j], ANATOMIES[i], int(existence[i, j])) for i, j in cells)
+    return found

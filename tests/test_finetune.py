@@ -117,7 +117,7 @@ def test_who_is_learned_from_and_who_chooses(folder, tmp_path, protocol):
     table = data.load("nih", str(folder / "nih"), workers=0)
     count, held = len(table.rows("train")), len(table.rows("validate"))
     assert result["n_train"] == count + (held if protocol == "published" else 0) and held > 0
-    rows = [table.ids.index(name) for name in arrays["ids"]]
+    rows = [list(table.ids).index(name) for name in arrays["ids"]]
     net = finetune.FineTuned("classification", len(saved["labels"]), saved["backbone"], True).eval()
     net.load_state_dict(saved["model"])
     with torch.no_grad():  # the saved network is the one that was scored

@@ -13,7 +13,7 @@ import pytest
 
 from cli import InputError
 from conftest import ROOT
-from formats import BLANK, PATHOLOGY, UNKNOWN, Mask, covid_chestxray, csv_rows, write_text
+from formats import PATHOLOGY, Mask, covid_chestxray, csv_rows, write_text
 from formats.images import decode_rle, read_mask
 from formats.items import FORMATS, find_root, read_items, settle_splits
 from phantom import make_and_save, plan
@@ -30,9 +30,9 @@ def fill(root, files):
 
 def read(dataset, root, views="all", labels="chexpert"):
     """(label names, {id: item}, number of problems)"""
-    names, items, problems = read_items(dataset, str(root), views, labels)
+    items, problems = read_items(dataset, str(root), views, labels)
     assert {kind for kind, _ in problems} <= {"unreadable-label"}
-    return names, {item.id: item for item in items}, len(problems)
+    return list(FORMATS[dataset].LABELS), {item.id: item for item in items}, len(problems)
 
 
 def present(names, item):
@@ -40,7 +40,7 @@ def present(names, item):
 
 
 LAYOUTS = {  # a label of the data set, and the findings that it stands for
-    "synthetic": ("effusion", {"effusion"}), "nih": ("Infiltration", {"opacity"}),
+    "synthetic": ("Pleural Effusion", {"effusion"}), "nih": ("Infiltration", {"opacity"}),
     "rsna": ("Pneumonia", {"pneumonia", "opacity", "consolidation"}),
     "siim": ("Pneumothorax", {"pneumothorax"}), "covidx": ("COVID-19", {"opacity"}),
     "chexpert": ("Pleural Effusion", {"effusion"}), "openi": ("Effusion", {"effusion"}),
@@ -52,21 +52,21 @@ def test_what_is_written_is_read(dataset, tmp_path):
     films = plan(30, 0, 64, 0.27, "easy")
     FORMATS[dataset].write(str(tmp_path), films, lambda films: map(make_and_save, films))
     root = find_root(dataset, tmp_path)
-    labels = "drawn" if dataset == "synthetic" else "chexpert"
-    names, items, problems = read(dataset, root, FORMATS[dataset].VIEWS, labels)
+    names, items, problems = read(dataset, root, FORMATS[dataset].VIEWS)
     item_of = {f"{root}/{item.path}": item for item in items.values()}
     assert len(items) == 30 and not problems
     label, findings = LAYOUTS[dataset]
     for f in films:
         item, drawn = item_of[f.image], f.pathologies
-        if dataset == "openi" or dataset == "chexpert" and f.split == "train":  # by the report
+        by_report = dataset in ("synthetic", "openi")
+        if by_report or dataset == "chexpert" and f.split == "train":
             drawn = {pathology for pathology, value in f.mentions.items() if value == 1}
         assert (label in present(names, item)) == bool(drawn & findings)
         if dataset in ("synthetic", "covidx", "chexpert", "roco"):
             assert item.split == f.split
         if dataset == "nih":
             boxes = [[side / 64 for side in found.box] for found in f.findings]
-            assert all(list(sides) in boxes for _, *sides in item.boxes)
+            assert all(list(mask.place) in boxes for mask in item.masks)
         if dataset == "synthetic":
             assert f.report.endswith(item.report) and f.bits.endswith(f"masks/{item.id}.png")
             assert item.truth == tuple((found.pathology, found.anatomy) for found in f.findings)
@@ -112,7 +112,7 @@ def test_mimic_label_files_views_and_bad_rows(tmp_path):
         "mimic-cxr-2.1.0-test-set-labeled.csv": "study_id,Airspace Opacity\n51,1.0\n"})
     _, items, problems = read("mimic", tmp_path, labels="negbio")
     assert list(items) == ["a", "b"] and problems == 4  # a label, a split, no metadata, a cut row
-    assert Counter(items["a"].labels) == {-1: 1, BLANK: 13} and set(items["b"].labels) == {UNKNOWN}
+    assert Counter(items["a"].labels) == {-1: 1, 0: 13} and set(items["b"].labels) == {-1}
     names, items, _ = read("mimic", tmp_path, "frontal", "manual")
     assert list(items) == ["a"] and present(names, items["a"]) == {"Lung Opacity"}
 
@@ -129,8 +129,9 @@ def test_nih_in_twelve_folders(tmp_path):
     names, items, problems = read("nih", tmp_path)
     one, two = items.values()
     assert present(names, one) == {"Mass", "Pleural_Thickening"} and not present(names, two)
-    assert one.boxes == (("Infiltration", 0.25, 0.5, 0.125, 0.0625),) and two.boxes == ()
+    assert one.masks == (Mask("Infiltration", "box", "", (.25, .5, .125, .0625)),)
     assert (one.split, two.split, one.patient) == ("", "test", "1") and problems == 2
+    assert two.masks == ()
     assert one.path == "images_004/images/1_000.png"
 
 
@@ -151,10 +152,10 @@ def test_rsna_published_test_images_are_the_test_split_in_every_layout(tmp_path,
     splits, source = settle_splits(list(items.values()), FORMATS["rsna"].SHARES)
     assert [name for name, split in zip(items, splits) if split == "test"] == ["a", "b"]
     assert "the publisher's" in source and items["b"].labels == (0,)
-    assert items["a"].boxes[0] == ("Pneumonia", .25, .5, .0625, .125)
+    assert items["a"].masks[0] == Mask("Pneumonia", "box", "", (.25, .5, .0625, .125))
     if layout == "kaggle":  # the other images are for training and thresholds
         assert len(items) == 42 and "validate" in splits and problems == 2
-        assert items["a"].boxes[1] == ("Pneumonia", 0, 0, .1, .01)
+        assert items["a"].masks[1].place == (0, 0, .1, .01)
     if layout == "site":
         assert (items["a"].path, items["b"].patient) == ("mdai/1.2/1.4.dcm", "7")
 
@@ -212,7 +213,7 @@ def test_openi_archive_and_views(tmp_path):
     with tarfile.open(tmp_path / "NLMCXR_reports.tgz", "w:gz") as archive:
         archive.add(tmp_path / "nlm", "ecgen-radiology")
     names, items, problems = read("openi", tmp_path, "frontal")
-    assert set(items) == {"2_1001", "3_1"} and set(items["3_1"].labels) == {UNKNOWN}
+    assert set(items) == {"2_1001", "3_1"} and set(items["3_1"].labels) == {-1}
     assert present(names, items["2_1001"]) == {"Atelectasis", "Pneumothorax"} and problems == 1
     assert (items["2_1001"].patient, items["2_1001"].note) == ("2", "FINDINGS: Dense.")
 
@@ -232,7 +233,7 @@ def test_covid_chestxray_rows_and_the_radiologists_masks_beside_it(tmp_path):
     assert not present(names, c) and problems == 1
     assert [mask.label for mask in a.masks] == ["aerated lung", "opacity", "lung"]
     assert a.masks[1] == Mask("opacity", "crop", f"{folder}/masks/2.png", (0.1, 0.1, 0.5, 0.5))
-    assert "consolidation" in a.absent and b.masks is None
+    assert "consolidation" in a.absent and b.masks == ()
     assert c.masks[0].kind == "file" and c.absent == ()
 
 
@@ -257,11 +258,11 @@ def test_real_label_files_give_the_published_counts(tmp_path):
     _, items, problems = read("nih", tmp_path)
     assert len(items) == 112_120 and len({i.patient for i in items.values()}) == 30_805
     assert Counter(i.split for i in items.values())["test"] == 25_596 and not problems
-    assert sum(len(i.boxes) for i in items.values()) == 984
+    assert sum(len(i.masks) for i in items.values()) == 984
     _, items, problems = read("rsna", tmp_path)
     tests = [item for item in items.values() if item.split == "test"]
     assert len(items) == 26_684 and sum(i.labels[0] for i in items.values()) == 6_012
-    assert sum(len(i.boxes) for i in items.values()) == 9_555 and not problems
+    assert sum(len(i.masks) for i in items.values()) == 9_555 and not problems
     assert len(tests) == 5_337 and sum(item.labels[0] for item in tests) == 1_218
     _, items, problems = read("siim", tmp_path)
     assert len(items) == 12_047 and sum(i.labels[0] for i in items.values()) == 2_669
@@ -269,4 +270,4 @@ def test_real_label_files_give_the_published_counts(tmp_path):
     names, items, problems = read("chexpert", tmp_path)
     values = Counter(i.labels[names.index("Cardiomegaly")] for i in items.values())
     assert len(items) == 223_414 and not problems
-    assert (values[1], values[0], values[-1]) == (27_000, 11_116, 8_087)
+    assert (values[1], values[-1]) == (27_000, 8_087)  # 0: 11,116, and the blank ones

@@ -7,7 +7,7 @@ import pytest
 
 import text
 from cli import InputError
-from formats.triplets import triplet_source
+from formats.triplets import look_up
 from text import ANATOMIES, PATHOLOGIES, Triplet, existence_matrix, radgraph_triplets
 
 LANDMARKS = {  # what the published table makes of these words
@@ -84,7 +84,7 @@ def test_a_radgraph_file_is_read_in_pieces(tmp_path):
     for broken in (whole[:-30], "<!DOCTYPE html>", "[1, 2]", "", '{"a": 1}', '{"a": {"text": ""}}'):
         path.write_text(broken)
         with pytest.raises(InputError, match="graphs.json"):
-            triplet_source(str(path), tmp_path)
+            look_up([], str(path))
 
 
 def test_matrix_and_queries():
