@@ -31,12 +31,11 @@ def refusal(path):
     return message
 
 
-@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])  # of DDP and torch.compile
+@pytest.mark.parametrize("prefix", ["", "module."])  # of DDP
 def test_round_trip(saved, prefix):
     path, checkpoint, batch, out = saved
     weights = {prefix + name: value for name, value in checkpoint["model"].items()
                if "num_batches" not in name}  # this counter is not used, and may be absent
-    weights["text_encoder.embeddings.position_ids"] = TWO  # and a text encoder may be saved along
     del checkpoint["config"]["existence"]  # older than this field: it is the paper's form
     torch.save(checkpoint | {"model": weights}, path)
     model = load_model(path)

@@ -36,8 +36,8 @@ def run(folder, dataset, task, out_dir, *flags):
         "16", "--amp", "off", "--bootstrap", "20", *flags]))
     stem = out_dir / "eval" / f"{dataset}_finetune-{task}"
     assert stem.with_suffix(".png").exists()
-    saved = torch.load(out_dir / f"finetune-{dataset}-{task}.pt")
-    return json.loads(stem.with_suffix(".json").read_text()), np.load(f"{stem}.npz"), saved
+    return (json.loads(stem.with_suffix(".json").read_text()), np.load(f"{stem}.npz"),
+            torch.load(f"{stem}.pt"))
 
 
 def test_a_small_share_holds_each_class_in_proportion():
@@ -87,9 +87,12 @@ def test_losses_by_pencil():
 def test_an_image_and_its_mask_move_together():
     """An image that is its own mask still is it afterwards, but for pixels on the edge."""
     masks = np.zeros((16, 48, 48), np.uint8)
-    masks[:, 8:30, 20:44] = 1
-    table = Namespace(images=255 * masks, patients=["p"] * 16)
-    images = finetune.Images(table, np.arange(16), torch.from_numpy(masks), 48, augment=True)
+    masks[1:, 8:30, 20:44] = 1
+    table = Namespace(images=255 * masks, patients=["p"] * 16, splits=["train"] * 16,
+                      mask=lambda row, label: masks[row])
+    args = Namespace(task="segmentation", image_size=48)
+    images = finetune.Images(args, table, ["train"], ["lung"])
+    images.augment = True
     for image, moved in (images[k] for k in range(16)):
         assert ((image[0] > 0) == (moved == 1)).float().mean() > 0.99  # 0: middle grey
 
@@ -118,8 +121,8 @@ def test_who_is_learned_from_and_who_chooses(folder, tmp_path, protocol):
     count, held = len(table.rows("train")), len(table.rows("validate"))
     assert result["n_train"] == count + (held if protocol == "published" else 0) and held > 0
     rows = [table.ids.index(name) for name in arrays["ids"]]
-    net = finetune.FineTuned("classification", len(saved["labels"]), saved["backbone"], True).eval()
-    net.load_state_dict(saved["model"])
+    net = finetune.FineTuned("classification", len(result["labels"]), "small", True).eval()
+    net.load_state_dict(saved)
     with torch.no_grad():  # the saved network is the one that was scored
         again = net(data.to_input(torch.from_numpy(table.images[rows]), 32)).sigmoid()
     assert np.allclose(again, arrays["scores"], atol=1e-5) and set(table.splits[rows]) == {"test"}
