@@ -82,12 +82,12 @@ def fill_in(args):
     row, model = f"{args.dataset} {args.task}", None
     settings = dict(zip(COLUMNS, SETTINGS.get(row, SETTINGS[args.task])))
     if args.init == "pretrained":
-        model = load_model(args.checkpoint)
-        settings["backbone"] = model.config.backbone
         if args.backbone:
             raise InputError(f"--backbone goes with --init random; {args.checkpoint} has its own")
-        if row not in SETTINGS:  # the pixels that it was trained at
-            settings["image_size"] = model.config.image_size
+        model = load_model(args.checkpoint)
+        settings["backbone"], size = model.config.backbone, model.config.image_size
+        # a row of its own asks for its pixels, even of an encoder that was trained on fewer
+        settings["image_size"] = max(size, settings["image_size"]) if row in SETTINGS else size
     given = {name: value for name, value in vars(args).items() if value is not None}
     vars(args).update(settings | given)
     if args.image_size % 16:  # the decoder meets maps at 1/2 to 1/16 of this size
