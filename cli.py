@@ -104,14 +104,13 @@ def pick_device(name=None):
 def join_processes(name=None):
     """-> (device, rank, number of processes); joins the other processes under torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(name)
-    if world > 1:
-        if device.type == "cuda":
-            device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(device)
-        # NCCL for what is on a GPU, gloo for small flags, so that no GPU waits for them; a day,
-        # because the others wait while the first process prepares a data set
-        torch.distributed.init_process_group(timeout=timedelta(days=1))
+    device, backend = pick_device(name), "gloo"
+    if world > 1 and device.type == "cuda":
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"  # gloo carries small flags, so that no GPU waits for them
+    if world > 1:  # a day, because the others wait while the first process prepares a data set
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     torch.backends.cudnn.benchmark = True
     return device, rank, world

@@ -265,8 +265,8 @@ def fit(learner, train, held, args):
 # Both return (scores, probabilities of the test images, a function that draws into a file).
 
 def score_labels(args, net, labels, train, held, test):
-    known = held.targets
-    thresholds = metrics.best_thresholds(known, outputs(net, held, args)[0].sigmoid().numpy())
+    held_answers = outputs(net, held, args)[0].sigmoid().numpy()
+    thresholds = metrics.best_thresholds(held.targets, held_answers)            # [L]
     truth, answers = test.targets, outputs(net, test, args)[0].sigmoid().numpy()  # [N,L]
     scores = metrics.scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
                                            test.patients)
