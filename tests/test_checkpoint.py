@@ -71,7 +71,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize("content", [
-    Hostile(), {"model": {"w": TWO}, "args": Hostile()}, [TWO], TWO, {}, {"model": 3}, {"w": TWO},
+    Hostile(), {"model": {"w": TWO}, "args": Hostile()}, [TWO], {}, {"model": 3}, {"w": TWO},
     {"model": {"w": TWO}, "config": {"backbone": "vgg"}},
     {"model": {"res_features.0.weight": TWO, "classifier.weight": 1.0}}], ids=str)
 def test_foreign_and_hostile_files(tmp_path, content):
