@@ -1,25 +1,26 @@
-"""How fast each part is and how much memory it takes, on the device at hand.
+"""How fast each part is on the device at hand, and how much memory it takes.
 
     python bench.py --batch-size 64 --cases floor,fp32,bf16        # what a GPU owner asks first
     python bench.py --batch-size 4 --steps 1 --cases floor,fp32    # under a minute
+    /usr/bin/time -v python bench.py --cases fp32                  # without a GPU: peak memory
 
+floor, fp32, bf16: a training step of the backbone alone, and of the model; fp32 is TF32 on a GPU.
+losses, loop: ProtoCL and ICL by our matrices, and by the published loops.
+data, jpeg: what one core needs for the images of a step, stored at 256 pixels as here, or as
+full-size JPEG files as published.
 Sizes are the paper's: ResNet-50 up to layer3, 224 pixels, 75 + 51 queries. A step is forward,
-losses, backward, clipping and AdamW on images in memory; `data` and `jpeg` are what one core needs
-for the images of a step. Peak MB is that of the process, 0.6 GB of imports included, on a GPU that
-of the tensors. On a GPU fp32 means TF32. OMP_NUM_THREADS sets the cores of a step.
+losses, backward, clipping and AdamW. Peak MB is that of tensors on a GPU. OMP_NUM_THREADS sets the
+cores of a step.
 """
 import io
 import math
-import sys
-import timeit
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.benchmark import Timer
 from torchvision.transforms import v2
 
 from cli import InputError, Parser, join_processes, number, run
@@ -31,7 +32,7 @@ from text import ANATOMIES, PATHOLOGIES, Triplet
 
 def parse_args(argv=None):
     p = Parser(description=__doc__.split("\n")[0])
-    p.add_argument("--cases", default=",".join(CASES), help="comma-separated: " + " ".join(CASES))
+    p.add_argument("--cases", default=",".join(CASES), help="comma-separated (all)")
     p.add_argument("--batch-size", type=number(int, 1), default=32)
     p.add_argument("--image-size", type=number(int, 16), default=224, help="pixels a side")
     p.add_argument("--steps", type=number(int, 1), default=3, help="timed steps per case")
@@ -54,7 +55,7 @@ def model_step(case, args, device):
     """-> a training step of the whole model, or of its backbone with the mean square as a loss."""
     images, p_text, a_text, existence = random_batch(args, device)
     model = MeDSLIP(MeDSLIPConfig(image_size=args.image_size))
-    model = model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last)
     trained = model.backbone if case == "floor" else model
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-4, fused=True)
 
@@ -68,7 +69,7 @@ def model_step(case, args, device):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
     return step
 
 
@@ -133,49 +134,27 @@ def jpeg_step(case, args, device):
     return lambda: [recipe(Image.open(file).convert("RGB")) for _ in range(args.batch_size)]
 
 
-CASES = {
-    "floor": ("backbone alone, fp32", model_step), "fp32": ("full step, fp32", model_step),
-    "bf16": ("full step, bf16", model_step), "losses": ("ProtoCL and ICL, ours", losses_step),
-    "loop": ("ProtoCL and ICL, published loops", losses_step),
-    "data": ("one core: stored 256-pixel images", data_step),
-    "jpeg": ("one core: full-size JPEG, as published", jpeg_step)}
-
-
-def measure(case, args):
-    """One case in this process -> (mean seconds of a step, peak in MB)."""
-    one_core = case in ("data", "jpeg")
-    device, _, _ = join_processes("cpu" if one_core else args.device)
-    if one_core:
-        torch.set_num_threads(1)
-    step = CASES[case][1](case, args, device)
-
-    def timed():
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-    timed()  # the first one also chooses algorithms and fills caches
-    seconds = timeit.timeit(timed, number=args.steps) / args.steps
-    if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "win32":
-        return seconds, math.nan  # Windows does not tell
-    import resource
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes on a Mac, else kilobytes
-    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+CASES = {"floor": model_step, "fp32": model_step, "bf16": model_step, "losses": losses_step,
+         "loop": losses_step, "data": data_step, "jpeg": jpeg_step}
 
 
 def main(args):
     cases, floor = args.cases.split(","), math.nan
     if not set(cases) <= set(CASES):
         raise InputError(f"--cases {args.cases}: choose among {','.join(CASES)}")
-    print(f"{'case':<40}{'s/step':>9}{'images/s':>9}{'v. floor':>9}{'peak MB':>9}")
+    device, _, _ = join_processes(args.device)
+    print(f"{'case':<9}{'s/step':>9}{'images/s':>10}{'v. floor':>10}{'peak MB':>10}")
     for case in cases:
-        # each in a process of its own, so that its peak memory is its own
-        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-            seconds, peak = pool.submit(measure, case, args).result()
-        floor = seconds if case == "floor" else floor
-        print(f"{CASES[case][0]:<40}{seconds:9.4f}{args.batch_size / seconds:9.1f}"
-              f"{seconds / floor:9.2f}{peak:9.0f}")
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        step = {"step": CASES[case](case, args, device)}
+        threads = 1 if case in ("data", "jpeg") else torch.get_num_threads()
+        # the timer warms up, and waits for a GPU
+        seconds = Timer("step()", globals=step, num_threads=threads).timeit(args.steps).mean
+        if case == "floor":
+            floor = seconds
+        print(f"{case:<9}{seconds:9.4f}{args.batch_size / seconds:10.1f}{seconds / floor:10.2f}"
+              f"{torch.cuda.max_memory_allocated() / 1e6:10.0f}")
 
 
 if __name__ == "__main__":

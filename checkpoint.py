@@ -1,14 +1,13 @@
 """Files of weights (ours, the published MeDSLIP's, MedKLIP's), and how to ask the loaded model.
 
-    from checkpoint import give_queries, load_model, questions
+    from checkpoint import encode_queries, load_model, questions
     model = load_model("out/ckpt.pt")         # or the published file, MedKLIP's, pykale/MeDSLIP
-    give_queries(model)                       # a published file stores none; ours do
+    model.queries = encode_queries("hashing")  # of a published file, which stores none
     texts, columns, unseen = questions(model, {"Effusion": "effusion", "COVID-19": None})
 
 A tensor that finds no place is named in the error. Nothing in a file is executed.
 """
 import re
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,6 @@ import text
 from cli import InputError
 from data import to_input
 from model import MeDSLIP, MeDSLIPConfig
-
-# Tensors that are left out: step counters of batch norm (its momentum is fixed), position indices
-# of older transformers, and a frozen text encoder that was saved along.
-HARMLESS = re.compile(r"num_batches_tracked$|position_ids$|^(text_encoder|bert_model)\.")
 
 # Published names -> ours, applied in this order. MedKLIP's names lack the stream, and the
 # grounding sample of MeDSLIP has disease_embedding_layer for pathology_embedding_layer.
@@ -43,30 +38,26 @@ PUBLISHED = [
 ]
 
 
-def load_model(path_or_hub_id, map_location="cpu"):
-    """A MeDSLIP in eval mode from this project's checkpoint or a published MeDSLIP or MedKLIP one.
+def load_model(path_or_hub_id, map_location="cpu", model=None):
+    """A MeDSLIP in eval mode; `model`: one that takes the weights instead of a new one.
 
     It has .queries (None of a published file, which stores none) and .args (the training flags).
     InputError if the file is missing, damaged or foreign, or if a tensor does not fit.
     """
-    path = locate(path_or_hub_id)
-    checkpoint = read_checkpoint(path, map_location)
+    checkpoint = read_checkpoint(path_or_hub_id, map_location)
     try:
-        weights = {}
-        for name, value in checkpoint.get("model", checkpoint).items():
-            name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # of DDP and torch.compile
-            if not HARMLESS.search(name):
-                weights[name] = value
+        weights = {name.removeprefix("module."): value  # the prefix is DDP's
+                   for name, value in checkpoint.get("model", checkpoint).items()}
         if any(name.startswith("res_features.") for name in weights):
             weights, config = convert_published(weights)
         else:  # a field that is newer than the file takes its default
             config = MeDSLIPConfig(**checkpoint["config"])
-        model = MeDSLIP(config).to(map_location)
+        model = model or MeDSLIP(config).to(map_location)
         model.load_state_dict(weights)
     except Exception as error:  # of a foreign file; torch names each tensor that does not fit
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:4000]
-        raise InputError(f"{path} is neither a checkpoint of train.py for this model nor a "
-                         f"published MeDSLIP or MedKLIP one: {reason}") from None
+        raise InputError(f"{path_or_hub_id} does not fit: it is no checkpoint of train.py for this "
+                         f"model, nor a published MeDSLIP or MedKLIP one: {reason}") from None
     model.queries, model.args = checkpoint.get("queries"), checkpoint.get("args") or {}
     return model.eval()
 
@@ -89,52 +80,31 @@ def convert_published(weights):
     return converted, MeDSLIPConfig(streams=streams, mask="linear", icl="dot")
 
 
-def locate(path_or_hub_id):
-    """The path of a file; a name of the form owner/name is asked of the Hugging Face hub."""
-    name = str(path_or_hub_id)
-    if Path(name).is_file():
-        return name
-    looks_like_file = name.endswith((".pt", ".pth", ".bin", ".ckpt"))
-    if looks_like_file or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise InputError(f"no checkpoint at {name}; train one with `python train.py`, or name one "
-                         "by --checkpoint")
-    from huggingface_hub import snapshot_download
+def read_checkpoint(path_or_hub_id, map_location="cpu"):
+    """What is in a file of weights; nothing in it is executed. A name of the form owner/name that
+    is no file is asked of the Hugging Face hub."""
+    path, hub_says = Path(path_or_hub_id), ""
+    if not path.is_file() and re.fullmatch(r"[\w.-]+/[\w-]+", str(path)):  # a file's has a dot
+        from huggingface_hub import snapshot_download
+        try:
+            folder = snapshot_download(str(path), allow_patterns=["*.pt", "*.pth", "*.bin"])
+            path, = [file for file in Path(folder).rglob("*") if file.is_file()]
+        except Exception as error:  # the hub library raises a dozen kinds; each means: not now
+            hub_says = f" or on the hub ({type(error).__name__})"
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}{hub_says}; train one with `python train.py`, or "
+                         "name one by --checkpoint")
     try:
-        folder = snapshot_download(name, allow_patterns=["*.pt", "*.pth", "*.bin"])
-        path, = [path for path in Path(folder).rglob("*") if path.is_file()]
-    except Exception as error:  # the hub library raises a dozen kinds; each means: not now
-        raise InputError(f"no file {name}, and the hub did not give one checkpoint of that name "
-                         f"({type(error).__name__}); download it elsewhere and give its path"
-                         ) from None
-    return str(path)
-
-
-def read_checkpoint(path, map_location="cpu"):
-    """What is in a file of weights; nothing in it is executed."""
-    try:
-        with warnings.catch_warnings():  # torch warns of some files that it then refuses
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # damage shows as anything from EOFError to UnicodeDecodeError
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it would run {wanted[1]}" if wanted else type(error).__name__
-        raise InputError(f"{path} cannot be read, or holds more than weights ({reason}); "
-                         "get the file itself, neither its web page nor a git-lfs pointer, from a "
-                         "source you trust") from None
-
-
-def copy_weights(path, model):
-    """Give a model the weights of another checkpoint, of a network of the same sizes."""
-    try:
-        model.load_state_dict(load_model(path).state_dict())
-    except RuntimeError as error:  # it names each tensor at fault
-        reason = " ".join(str(error).split())[:300]
-        raise InputError(f"{path} does not fit these flags of the model ({reason})") from None
+        raise InputError(f"{path} cannot be read, or holds more than weights "
+                         f"({type(error).__name__}); get the file itself, neither its web page nor "
+                         "a git-lfs pointer, from a source you trust") from None
 
 
 def training_state(path):
     """The checkpoint that train.py --resume goes on from."""
-    saved = read_checkpoint(locate(path))
+    saved = read_checkpoint(path)
     if not {"model", "optimizer", "scaler", "step", "args", "queries", "best"} <= set(saved):
         raise InputError(f"{path} holds no training state; --resume needs a checkpoint of train.py")
     return saved
@@ -142,7 +112,8 @@ def training_state(path):
 
 # --------------------------------------------------------------------------------- asking a model
 
-def encode_queries(pathologies, anatomies, encoder, book, published):
+def encode_queries(encoder, book=None, published=True, pathologies=text.PATHOLOGIES,
+                   anatomies=text.ANATOMIES):
     """Both query sets, prompts and frozen text vectors: all that inference needs of text."""
     queries = {"encoder": encoder,
                "pathology": {"names": pathologies,
@@ -164,14 +135,8 @@ def build_queries(table, args):
     # only the published matrix has labels for excluded_obs
     left_out = table.hidden | ({"excluded_obs"} - table.known)
     pathologies = [name for name in pathologies if name not in left_out]
-    return encode_queries(pathologies, anatomies, args.text_encoder, args.pathology_book,
-                          args.place_words == "published")
-
-
-def give_queries(model, pathology_book=None, encoder=None):
-    """The published vocabulary as queries of a model that stores none."""
-    model.queries = encode_queries(text.PATHOLOGIES, text.ANATOMIES, encoder or text.CLINICAL_BERT,
-                                   pathology_book, published=True)
+    return encode_queries(args.text_encoder, args.pathology_book, args.place_words == "published",
+                          pathologies, anatomies)
 
 
 def questions(model, labels, prompt=None, encoder=None):

@@ -1,7 +1,5 @@
 """How every script speaks with its user: flags with ranges, errors of one line, device, files.
 
-    from cli import InputError, Parser, number, run
-
 What a user gets wrong is an InputError, raised where it is known and caught once, in `run`: one
 line on stderr that says how to mend it, and exit status 2.
 """
@@ -45,9 +43,6 @@ def run(main, parse_args):
     """Run a script. `main` takes the parsed flags."""
     try:
         main(parse_args())
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -82,18 +77,17 @@ def atomic(path):
             draft.unlink()
 
 
-def ignore_signals(_):
-    """A loader's worker serves on when SIGTERM or Ctrl-C reach the whole process group."""
+def ignore_sigterm(_):
+    """A loader's worker serves on when SIGTERM reaches the whole process group."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def open_log(path, step):
     """out/log.jsonl without the lines that a killed run wrote after its last checkpoint."""
-    lines = path.read_text().splitlines() if step and path.exists() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     with atomic(path) as draft:
-        draft.write_text("".join(line + "\n" for line in kept))
+        draft.write_text("".join(kept))
     return open(path, "a", buffering=1)
 
 
@@ -122,12 +116,6 @@ def join_processes(name=None):
     return device, rank, world
 
 
-def matmul_seconds(dtype, device):
-    """Seconds of one matrix product, the best of six; the first only warms up."""
-    a = torch.randn(512, 512, device=device, dtype=dtype)
-    return min(timeit.repeat(lambda: a @ a, number=1, repeat=6))
-
-
 def pick_amp(choice, device):
     """-> (autocast dtype or None, why) for --amp auto|bf16|fp16|off.
 
@@ -137,9 +125,12 @@ def pick_amp(choice, device):
     if choice != "auto":
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(choice), f"--amp {choice}"
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "the GPU has it"
-        return torch.float16, "the GPU has no bf16"
-    share = matmul_seconds(torch.bfloat16, device) / matmul_seconds(torch.float32, device)
+        has_it = torch.cuda.is_bf16_supported(including_emulation=False)
+        return (torch.bfloat16 if has_it else torch.float16), f"the GPU has bf16: {has_it}"
+    seconds = []
+    for dtype in (torch.bfloat16, torch.float32):
+        a = torch.randn(512, 512, dtype=dtype)
+        seconds.append(min(timeit.repeat(lambda: a @ a, number=1, repeat=6)))  # the first warms up
+    share = seconds[0] / seconds[1]
     why = f"bf16: a matrix product takes {share:.2f} of its time in fp32"
     return (torch.bfloat16 if share < 0.8 else None), why

@@ -24,12 +24,12 @@ from torchvision.transforms.v2.functional import gaussian_blur
 import data
 import figures
 import metrics
-from checkpoint import ask, give_queries, has_icl, load_model, questions
+from checkpoint import ask, encode_queries, has_icl, load_model, questions
 from cli import InputError, Parser, atomic, number, pick_device, print_table, run
 from disentangle import embedding
 from formats import covidx
 from formats.images import read_image, trouble
-from text import swap_sides
+from text import CLINICAL_BERT, swap_sides
 
 
 def add_flags(p):
@@ -300,7 +300,7 @@ def main(args):
     if model.queries is None:  # a published checkpoint is asked the published vocabulary
         if not args.pathology_book:
             print("asked in our own words; --pathology-book takes the published ones")
-        give_queries(model, args.pathology_book, args.text_encoder)
+        model.queries = encode_queries(args.text_encoder or CLINICAL_BERT, args.pathology_book)
     if args.task == "predict":
         return predict(args, model)
     table = data.load_from_args(args, args.image_size, model=model)

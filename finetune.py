@@ -5,17 +5,16 @@
     python finetune.py --task classification --ratio 0.1    # phantoms; a minute, after train.py
 
 Classification is a linear layer on the mean of the encoder's last map, segmentation a U-shaped
-residual decoder of ours (the paper's is a ResUNet) on its maps of every resolution; masks are
-learned and scored at the image size.
+decoder on its maps of every resolution. The weights are written beside the scores, as .pt.
 
 Differs from the paper and the released code:
 - The encoder is frozen as in the paper, batch norm too (released: trained along). Its features are
   standardised for classification, so that one learning rate suits an encoder of any scale.
-- By `--protocol honest` the validation part chooses the epoch and the thresholds of labels (masks:
+- `--protocol honest`: the validation part chooses the epoch and the thresholds of labels (masks:
   0.5), and --ratio is of the patients, each class in proportion. `published`, for Table V: all
-  images outside the test split are learned from (NIH: all of train_val_list.txt), --ratio is of
-  images at random, and the test split chooses, as released, which makes the scores too good. It
-  chooses by the loss (released: by AUROC), on features of layer3 (released: an untrained layer4).
+  images outside the test split are learned from, --ratio is of images at random, and the test split
+  chooses, as released, which flatters; by the loss (released: by AUROC), on features of layer3
+  (released: an untrained layer4).
 - dice is a mean over test images with a mask; dice_all, as published, over all, where an empty
   mask left empty counts 1: 0.778 on SIIM for a network that never finds anything.
 """
@@ -30,6 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.models.resnet import BasicBlock
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image, Mask
 
@@ -67,31 +67,29 @@ def parse_args(argv=None):
     p.add_argument("--protocol", choices=PROTOCOLS, default="honest", help="see the file's head")
     p.add_argument("--label", metavar="A,B", help="only these labels; of masks always one")
     p.add_argument("--init", choices=["pretrained", "random"], default="pretrained")
-    p.add_argument("--backbone", choices=["resnet18", "resnet50", "small"], help="of --init random")
+    p.add_argument("--backbone", choices=CHANNELS, help="of --init random")
     p.add_argument("--unfreeze", action="store_true", help="train the encoder, too")
-    for flag in ("--epochs", "--min-steps"):  # left out: SETTINGS, as image and batch size
-        p.add_argument(flag, type=number(int, 1))
-    for flag in ("--lr", "--warmup-epochs"):
-        p.add_argument(flag, type=number(float, 0))
+    p.add_argument("--epochs", type=number(int, 1), help="left out: see SETTINGS, as the next two")
+    p.add_argument("--lr", type=number(float, 0))
+    p.add_argument("--warmup-epochs", type=number(float, 0))
     p.add_argument("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto")
     add_flags(p)
     return p.parse_args(argv)
 
 
 def fill_in(args):
-    """Give every flag that was left out its value. Returns the pre-trained model or None."""
+    """Gives every flag that was left out its value. Returns the pre-trained model or None."""
     row, model = f"{args.dataset} {args.task}", None
     settings = dict(zip(COLUMNS, SETTINGS.get(row, SETTINGS[args.task])))
     if args.init == "pretrained":
+        if args.backbone:
+            raise InputError(f"--backbone goes with --init random; {args.checkpoint} has its own")
         model = load_model(args.checkpoint)
         settings["backbone"], size = model.config.backbone, model.config.image_size
         # a row of its own asks for its pixels, even of an encoder that was trained on fewer
         settings["image_size"] = max(size, settings["image_size"]) if row in SETTINGS else size
-        if args.backbone:
-            raise InputError(f"--backbone goes with --init random; {args.checkpoint} has its own")
-    for name, value in settings.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    vars(args).update(settings | given)
     if args.image_size % 16:  # the decoder meets maps at 1/2 to 1/16 of this size
         raise InputError(f"--image-size {args.image_size} is not a multiple of 16")
     args.device = pick_device(args.device)
@@ -101,13 +99,26 @@ def fill_in(args):
 
 
 class Images(Dataset):
-    """Rows [N] of a table with what is to be learned of them: labels [N,L] or masks [N,s,s]."""
-    def __init__(self, table, rows, targets, size, augment=False):
-        self.table, self.rows, self.targets, self.size = table, rows, targets, size
-        self.patients, self.augment = np.array(table.patients)[rows], augment
+    """N images of some splits, and what is known of them: labels [N,L] or masks [N,s,s]."""
+    def __init__(self, args, table, splits, labels):
+        self.table, self.size, self.augment, targets = table, args.image_size, False, {}
+        for row in np.flatnonzero(np.isin(table.splits, splits)):
+            if args.task == "segmentation":
+                mask = table.mask(row, labels[0])                               # bool [H,W]
+                if mask is not None:
+                    targets[row] = metrics.nearest(mask, self.size, self.size)
+            else:
+                known = table.labels[row, [table.label_names.index(name) for name in labels]]
+                if (known >= 0).any():  # -1: unknown
+                    targets[row] = known
+        self.rows, self.targets = np.array(list(targets)), np.array(list(targets.values()), np.int8)
+        if not ((self.targets == 1).any(0) & (self.targets == 0).any(0)).any():
+            raise InputError(f"{args.dataset}: the images of {splits} do not both show and lack "
+                             f"any of {labels}; see --label (of masks: {MASKS})")
+        self.patients = np.array(table.patients)[self.rows]
         # mirroring is safe: no label and no mask here says left or right
         self.move = v2.Compose([
-            v2.Resize([size, size]), v2.RandomHorizontalFlip(),
+            v2.Resize([self.size, self.size]), v2.RandomHorizontalFlip(),
             v2.RandomAffine(degrees=5, translate=(0.05, 0.05), scale=(1, 1.2),
                             interpolation=v2.InterpolationMode.BILINEAR)])
 
@@ -115,37 +126,16 @@ class Images(Dataset):
         return len(self.rows)
 
     def __getitem__(self, k):
-        image, target = Image(np.array(self.table.images[self.rows[k]])), self.targets[k]  # [1,S,S]
-        if target.dim() == 2:
-            target = Mask(target)  # moves with its image; labels stay as they are
+        image = Image(np.array(self.table.images[self.rows[k]]))                # uint8 [1,S,S]
+        target = torch.from_numpy(self.targets[k])                              # [L] or [s,s]
         if self.augment:
-            image, target = self.move(image, target)                            # uint8 [1,s,s]
+            # a mask moves with its image; labels stay as they are
+            image, target = self.move(image, Mask(target) if target.dim() == 2 else target)
         return data.to_input(image, self.size)[0], target                       # [3,s,s]
 
 
-def read_splits(args, table, splits, labels):
-    """The Images of splits of which something is known; masks are scaled to the image size."""
-    rows, targets = [], []
-    for row in np.flatnonzero(np.isin(table.splits, splits)):
-        if args.task == "segmentation":
-            mask = table.mask(row, labels[0])                                   # bool [H,W]
-            if mask is not None:
-                rows.append(row)
-                targets.append(metrics.nearest(mask, args.image_size, args.image_size))
-        else:
-            known = table.labels[row, [table.label_names.index(name) for name in labels]]
-            if (known >= 0).any():                                              # -1: unknown
-                rows.append(row)
-                targets.append(known)
-    targets = torch.from_numpy(np.array(targets, np.int8))                      # [N,L] or [N,s,s]
-    if not ((targets == 1).any(0) & (targets == 0).any(0)).any():
-        raise InputError(f"the {' and '.join(splits)} images of {args.dataset} do not both show "
-                         f"and lack any of {labels}; data sets with masks: {MASKS}")
-    return Images(table, np.array(rows), targets, args.image_size)
-
-
 def subset(patients, present, ratio, seed, protocol):
-    """Rows of a share of N images. patients: N ids; present: bool [N,L]."""
+    """Which of N images are a share of them. patients: N ids; present: bool [N,L]."""
     rng = np.random.default_rng(seed)  # of its own: the same share for any network
     if protocol == "published":
         return rng.permutation(len(patients))[:max(2, round(ratio * len(patients)))]
@@ -169,11 +159,8 @@ class Decoder(nn.Module):
     def __init__(self, channels):
         super().__init__()
         base, below, self.up = channels[0] // 4, 0, nn.ModuleList()
-        widths = (2 * base, 4 * base, 8 * base, 8 * base)  # at 1/2, 1/4, 1/8, 1/16
-        for level in (3, 2, 1, 0):  # from coarse to fine
-            width = widths[level]
-            self.up.append(nn.Sequential(nn.Conv2d(channels[level] + below, width, 1, bias=False),
-                                         nn.BatchNorm2d(width), nn.ReLU(),
+        for beside, width in zip(reversed(channels), (8 * base, 8 * base, 4 * base, 2 * base)):
+            self.up.append(nn.Sequential(Conv2dNormActivation(beside + below, width, 1),
                                          BasicBlock(width, width)))
             below = width
         self.last = nn.Conv2d(below, 4, 1)  # one channel for each of the 4 pixels
@@ -182,8 +169,8 @@ class Decoder(nn.Module):
         while len(maps) < 4:  # of `small`: pooled on, to see more than a piece of the chest
             maps = [*maps, F.avg_pool2d(maps[-1], 2)]
         x = self.up[0](maps[3])                                                 # [B,c,H/16,W/16]
-        for layer, level in zip(self.up[1:], (2, 1, 0)):
-            x = layer(torch.cat([maps[level], F.interpolate(x, scale_factor=2)], 1))
+        for layer, beside in zip(self.up[1:], (maps[2], maps[1], maps[0])):
+            x = layer(torch.cat([beside, F.interpolate(x, scale_factor=2)], 1))
         return F.pixel_shuffle(self.last(x), 2)[:, 0]                           # [B,H,W]
 
 
@@ -237,15 +224,14 @@ def outputs(function, images, args):
 
 def fit(learner, train, held, args):
     """Train what is not frozen, keep the weights of the lowest loss on `held`; -> the curve."""
-    workers = args.workers
-    if workers is None:  # beside the training on a CPU they would only take turns with it
-        workers = 4 if args.device.type == "cuda" else 0
+    # beside the training on a CPU workers would only take turns with it
+    workers = args.workers if args.workers is not None else 4 * (args.device.type == "cuda")
     # the rest of an epoch that fills no batch may be one image, too few for batch norm
     batches = DataLoader(train, args.batch_size, shuffle=True, num_workers=workers,
                          drop_last=len(train) > args.batch_size, persistent_workers=workers > 0)
     epochs = max(args.epochs, math.ceil(args.min_steps / len(batches)))
     total = epochs * len(batches)  # steps
-    # stretched where --min-steps adds epochs; at most half of a run that --epochs cuts short
+    # stretched where min_steps adds epochs; at most half of a run that --epochs cuts short
     warmup = total * min(args.warmup_epochs / args.epochs, 0.5)
     optimizer = torch.optim.AdamW(learner.parameters(), weight_decay=WEIGHT_DECAY)  # skips frozen
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.dtype == torch.float16)
@@ -258,7 +244,7 @@ def fit(learner, train, held, args):
             with torch.autocast(args.device.type, args.dtype, enabled=args.dtype is not None):
                 logits = learner(inputs.to(args.device))                        # [B,L] or [B,s,s]
             loss = loss_of(logits.float(), targets.to(args.device))
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
             scaler.scale(loss).backward()  # of fp16, whose small gradients would be 0; else idle
             scaler.step(optimizer)
             scaler.update()
@@ -276,12 +262,12 @@ def fit(learner, train, held, args):
     return curve
 
 
-def score_labels(args, net, labels, held, test):
-    """-> (scores, probabilities [N,L] of the test images, a function that draws into a file)."""
-    logits, held_labels = outputs(net, held, args)                              # [., L]
-    thresholds = metrics.best_thresholds(held_labels.numpy(), logits.sigmoid().numpy())  # [L]
-    logits, truth = outputs(net, test, args)                                    # [N,L]
-    truth, answers = truth.numpy(), logits.sigmoid().numpy()
+# Both return (scores, probabilities of the test images, a function that draws into a file).
+
+def score_labels(args, net, labels, train, held, test):
+    held_answers = outputs(net, held, args)[0].sigmoid().numpy()
+    thresholds = metrics.best_thresholds(held.targets, held_answers)            # [L]
+    truth, answers = test.targets, outputs(net, test, args)[0].sigmoid().numpy()  # [N,L]
     scores = metrics.scores_with_intervals(truth, answers, thresholds, labels, args.bootstrap, 0,
                                            test.patients)
     lines = {"thresholds as chosen": scores, "thresholds best on test": scores["customary"]}
@@ -289,15 +275,12 @@ def score_labels(args, net, labels, held, test):
     return scores, answers, lambda path: figures.draw_classes(path, scores["per_class"])
 
 
-def score_masks(args, net, labels, train, test):
-    """-> (scores, probabilities [N,s,s] of the test images, a function that draws into a file)."""
-    logits, truth = outputs(net, test, args)                                    # [N,s,s]
-    truth, answers = truth.numpy() == 1, logits.sigmoid().numpy()
-    learned = train.targets.numpy() == 1
-    learned = learned[learned.any((1, 2))]
+def score_masks(args, net, labels, train, held, test):
+    truth, answers = test.targets == 1, outputs(net, test, args)[0].sigmoid().numpy()  # [N,s,s]
+    learned = train.targets[(train.targets == 1).any((1, 2))] == 1
     mean = learned.mean(0) / learned.mean(0).max()  # a fixed region needs no look at the image
     fixed = mean > metrics.best_dice_threshold([mean] * len(learned), learned)  # [s,s]
-    scores = metrics.mask_scores(logits.numpy() > 0, truth, fixed, test.patients, args.bootstrap)
+    scores = metrics.mask_scores(answers > 0.5, truth, fixed, test.patients, args.bootstrap)
     lines = {"network": scores,
              "trivial: a fixed region": {"dice": scores["trivial"]["fixed_dice"]},
              "trivial: always empty": {"dice_all": scores["trivial"]["empty_dice_all"]}}
@@ -317,22 +300,21 @@ def main(args):
         labels = [args.label or MASKS.get(args.dataset, "lung")]
     elif not set(labels) <= set(table.label_names):
         raise InputError(f"--label {args.label}: {args.dataset} has {table.label_names}")
-    if args.protocol == "published":
-        print("published: the test split chooses the epoch and the thresholds, as released")
-    train, held, test = [read_splits(args, table, splits, labels)
-                         for splits in PROTOCOLS[args.protocol]]
+    splits = PROTOCOLS[args.protocol]
+    train, held, test = [Images(args, table, names, labels) for names in splits]
     torch.manual_seed(args.seed)  # new weights, order of the batches, augmentation
     present = train.targets == 1                                                # [N,L] or [N,s,s]
     if args.task == "segmentation":
-        present = present.flatten(1).any(1, keepdim=True)                       # [N,1]
-    rows = subset(train.patients, present.numpy(), args.ratio, args.seed, args.protocol)
-    train = Images(table, train.rows[rows], train.targets[rows], args.image_size)
-    print(f"{len(train)} images to learn from, {len(held)} to choose by, {len(test)} to score")
+        present = present.any((1, 2))[:, None]                                  # [N,1]
+    share = subset(train.patients, present, args.ratio, args.seed, args.protocol)
+    train.rows, train.targets = train.rows[share], train.targets[share]
+    print(f"{len(train)} images of {splits[0]} to learn from, {len(held)} of {splits[1]} to choose "
+          f"by, {len(test)} to score")
 
     net = FineTuned(args.task, len(labels), args.backbone, not args.unfreeze)
     if model is not None:
         net.backbone.load_state_dict(model.backbone.state_dict())
-    rate = (train.targets == 1).float().mean()  # of positives: there the head starts
+    rate = torch.tensor(train.targets == 1).float().mean()  # of positives: there the head starts
     last_layer = list(net.head.modules())[-1]
     nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
     net.to(args.device, memory_format=torch.channels_last).eval()  # the layout is faster in bf16
@@ -343,20 +325,16 @@ def main(args):
         train.augment = True
         curve = fit(net, train, held, args)
 
-    if args.task == "classification":
-        scores, answers, draw = score_labels(args, net, labels, held, test)
-    else:
-        scores, answers, draw = score_masks(args, net, labels, train, test)
-    network = Path(args.out_dir, f"finetune-{args.dataset}-{args.task}.pt")
-    with atomic(network) as draft:
-        torch.save({"model": net.state_dict(), "labels": labels, "backbone": args.backbone}, draft)
+    score = score_labels if args.task == "classification" else score_masks
+    scores, answers, draw = score(args, net, labels, train, held, test)
     result = {"task": args.task, "dataset": args.dataset, "labels": labels, **scores,
               "n_train": len(train), "curve": curve, "args": vars(args)}
-    arrays = {"ids": np.array(table.ids)[test.rows], "names": labels,
-              "labels": test.targets.numpy(), "scores": answers}
-    print(f"written: {network}")
-    write_results(Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}"), result,
-                  arrays, draw)
+    arrays = {"ids": np.array(table.ids)[test.rows], "names": labels, "labels": test.targets,
+              "scores": answers}
+    stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
+    with atomic(f"{stem}.pt") as draft:
+        torch.save(net.state_dict(), draft)
+    write_results(stem, result, arrays, draw)
 
 
 if __name__ == "__main__":

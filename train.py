@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import ask, build_queries, copy_weights, training_state
-from cli import (InputError, Parser, atomic, ignore_signals, join_processes, number, open_log,
+from checkpoint import ask, build_queries, load_model, training_state
+from cli import (InputError, Parser, atomic, ignore_sigterm, join_processes, number, open_log,
                  pick_amp, run)
 from data import DATASETS, Batches, add_data_flags, load_from_args, to_input
 from losses import image_labels, medslip_loss
@@ -277,7 +277,7 @@ def main(args):
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
     elif args.start_from:
-        copy_weights(args.start_from, raw_model)
+        load_model(args.start_from, model=raw_model)
     if rank == 0:
         log = open_log(out_dir / "log.jsonl", step)
         print("  ".join(f"{k} {v}" for k, v in sorted(vars(args).items()) if v is not None))
@@ -311,7 +311,7 @@ def main(args):
     fork = workers > 0 and hasattr(os, "fork")  # forked workers share the memory-mapped images
     loader = iter(torch.utils.data.DataLoader(
         batches, batch_size=None, sampler=range(step, total), num_workers=workers,
-        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+        pin_memory=device.type == "cuda", worker_init_fn=ignore_sigterm,
         multiprocessing_context="fork" if fork else None))
     bar = tqdm(total=total, initial=step, unit="step", disable=None if rank == 0 else True)
     last = step >= total  # a finished run that is resumed has nothing to do

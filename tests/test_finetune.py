@@ -36,11 +36,11 @@ def run(folder, dataset, task, out_dir, *flags):
         "16", "--amp", "off", "--bootstrap", "20", *flags]))
     stem = out_dir / "eval" / f"{dataset}_finetune-{task}"
     assert stem.with_suffix(".png").exists()
-    saved = torch.load(out_dir / f"finetune-{dataset}-{task}.pt")
-    return json.loads(stem.with_suffix(".json").read_text()), np.load(f"{stem}.npz"), saved
+    return (json.loads(stem.with_suffix(".json").read_text()), np.load(f"{stem}.npz"),
+            torch.load(f"{stem}.pt"))
 
 
-def test_a_small_share_holds_each_class_in_proportion():
+def test_shares():
     """Ten patients with two films each: two show A, four only B, four nothing. Half of them is half
     of each kind; a fifth is one A and one B, the rarer ones of those that come first."""
     patients, kinds = np.repeat(list("abcdefghij"), 2), np.repeat(list("AABBBB----"), 2)
@@ -49,12 +49,9 @@ def test_a_small_share_holds_each_class_in_proportion():
     assert sorted(kinds[fifth]) == list("AABB") and set(fifth) < set(half) < set(whole)
     assert sorted(kinds[half]) == list("----AABBBB") and len(set(patients[half])) == 5
     assert set(half) != set(finetune.subset(patients, present, 0.5, 2, "honest"))
-
-
-def test_a_published_share_is_of_images_at_random():
-    """Of 500 patients with two films about half have one film among a random half of the films."""
-    patients, nothing = np.repeat(np.arange(500), 2), np.zeros((1000, 1), bool)
-    films = patients[finetune.subset(patients, nothing, 0.5, 0, "published")]
+    # published: films at random, so of about half the patients one film of the two
+    patients = np.repeat(np.arange(500), 2)
+    films = patients[finetune.subset(patients, None, 0.5, 0, "published")]
     assert len(films) == 500 and 200 < (np.bincount(films, minlength=500) == 1).sum() < 300
 
 
@@ -87,11 +84,16 @@ def test_losses_by_pencil():
 def test_an_image_and_its_mask_move_together():
     """An image that is its own mask still is it afterwards, but for pixels on the edge."""
     masks = np.zeros((16, 48, 48), np.uint8)
-    masks[:, 8:30, 20:44] = 1
-    table = Namespace(images=255 * masks, patients=["p"] * 16)
-    images = finetune.Images(table, np.arange(16), torch.from_numpy(masks), 48, augment=True)
-    for image, moved in (images[k] for k in range(16)):
-        assert ((image[0] > 0) == (moved == 1)).float().mean() > 0.99  # 0: middle grey
+    masks[1:, 8:30, 20:44] = 1
+    table = Namespace(images=255 * masks, patients=["p"] * 16, splits=["train"] * 16,
+                      mask=lambda row, label: masks[row])
+    args = Namespace(task="segmentation", image_size=48)
+    images = finetune.Images(args, table, ["train"], ["lung"])
+    images.augment = True
+    pairs = [images[k] for k in range(1, 16)]
+    assert len({mask.numpy().tobytes() for _, mask in pairs}) > 10  # they do move
+    for image, mask in pairs:
+        assert ((image[0] > 0) == (mask == 1)).float().mean() > 0.99  # 0: middle grey
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation"])
@@ -118,8 +120,8 @@ def test_who_is_learned_from_and_who_chooses(folder, tmp_path, protocol):
     count, held = len(table.rows("train")), len(table.rows("validate"))
     assert result["n_train"] == count + (held if protocol == "published" else 0) and held > 0
     rows = [list(table.ids).index(name) for name in arrays["ids"]]
-    net = finetune.FineTuned("classification", len(saved["labels"]), saved["backbone"], True).eval()
-    net.load_state_dict(saved["model"])
+    net = finetune.FineTuned("classification", len(result["labels"]), "small", True).eval()
+    net.load_state_dict(saved)
     with torch.no_grad():  # the saved network is the one that was scored
         again = net(data.to_input(torch.from_numpy(table.images[rows]), 32)).sigmoid()
     assert np.allclose(again, arrays["scores"], atol=1e-5) and set(table.splits[rows]) == {"test"}

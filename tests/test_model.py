@@ -162,30 +162,26 @@ def test_evidence():
     assert_close(model(images, p_text[:2], a_text).pathology_logits, out.pathology_logits[:, :2])
 
 
-def test_mask():
-    x = torch.rand(2, 64, 96) + 1
-    x_p, x_a = ask(mask="none")[0].disentangle(x)
-    assert x_p is x and x_a is x
-    for mask in ("sigmoid", "linear", "hard"):
-        x_p, x_a = ask(mask=mask)[0].disentangle(x)
-        assert_close(x_p + x_a, x)                                              # Eq. 1
-    assert set((x_p / x).unique().tolist()) == {0, 1}  # hard: each feature goes to one stream
-
-
-@pytest.mark.parametrize("proto_from, dropped", [("queried", False), ("dropped", True)])
-def test_what_protocl_reads(proto_from, dropped):
-    """Z_2 in training is the projection of I_q, or of I_q with a part of it set to zero."""
-    stream = MeDSLIP(MeDSLIPConfig(**SMALL, dropout=0.5, proto_from=proto_from)).pathology.train()
-    _, queried, _, z, _ = stream(torch.rand(2, 64, 96), torch.rand(3, 16))
-    assert torch.allclose(z, stream.to_z2(queried), atol=1e-5) != dropped
-
-
-def test_features_are_what_the_streams_get():
-    """The features in the output are those that the tokens are made of."""
-    model, _, out = ask()
-    assert_close(out.pathology_features + out.anatomy_features, out.raw_features)
+@pytest.mark.parametrize("mask", ["sigmoid", "linear", "hard", "none"])
+def test_mask(mask):
+    """The streams share I^raw among them (Eq. 1), or get all of it, and make their tokens of it."""
+    model, _, out = ask(mask=mask)
+    whole = out.raw_features * (2 if mask == "none" else 1)
+    assert_close(out.pathology_features + out.anatomy_features, whole)
     assert_close(model.pathology.embed(out.pathology_features), out.pathology_tokens)
     assert_close(model.anatomy.embed(out.anatomy_features), out.anatomy_tokens)
+    if mask == "hard":  # each feature goes to one stream
+        x = torch.rand(2, 64, 96) + 1
+        assert set((model.disentangle(x)[0] / x).unique().tolist()) == {0, 1}
+
+
+def test_what_protocl_reads():
+    """Z_2 in training is the projection of I_q, or of I_q with a part of it set to zero."""
+    for proto_from in ("queried", "dropped"):
+        config = MeDSLIPConfig(**SMALL, dropout=0.5, proto_from=proto_from)
+        stream = MeDSLIP(config).pathology.train()
+        _, queried, _, z, _ = stream(torch.rand(2, 64, 96), torch.rand(3, 16))
+        assert torch.allclose(z, stream.to_z2(queried), atol=1e-5) == (proto_from == "queried")
 
 
 def test_relation():

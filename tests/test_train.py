@@ -114,8 +114,8 @@ def test_recipes_resolve():
 @pytest.mark.parametrize("ratio, dtype", [(0.5, torch.bfloat16), (1.3, None)])
 def test_amp_auto_measures(monkeypatch, ratio, dtype):
     """bf16 gains on some processors and loses on others: the faster matrix product decides."""
-    seconds = {torch.float32: 1.0, torch.bfloat16: ratio}
-    monkeypatch.setattr(cli, "matmul_seconds", lambda kind, device: seconds[kind])
+    seconds = iter([ratio, 1.0])
+    monkeypatch.setattr(cli.timeit, "repeat", lambda *_, **__: [next(seconds)])
     assert cli.pick_amp("auto", torch.device("cpu"))[0] is dtype
     assert cli.pick_amp("bf16", torch.device("cpu"))[0] is torch.bfloat16
 
