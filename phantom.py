@@ -5,8 +5,8 @@
     python phantom.py --root /tmp/phantoms --count 200               # MIMIC's folders, seconds
 
 formats/chest.py draws a film. This file chooses its findings and dictates its report in the
-sentences of vocabulary_phrases.csv; formats/NAME.py lays out the folders. The bytes depend on
-layout, count, seed, size, places and world alone.
+sentences of vocabulary_phrases.csv; formats/NAME.py names its files and lists its labels. The
+bytes depend on layout, count, seed, size, places and world alone.
 """
 import collections
 import math
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from cli import InputError, Parser, cores, number, run
-from formats import write_text
+from formats import write_csv, write_text
 from formats.chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
 from formats.items import FORMATS
 from formats.prepare import in_workers
@@ -55,18 +55,39 @@ class Film:
     size: int                # pixels a side
     places: float
     world: str
-    image: str = ""          # paths, set by write() of a format: PNG, JPEG or DICOM by the ending
-    report: str = ""
-    bits: str = ""           # a PNG whose bit k is the mask of finding k
-    lungs: str = ""          # a PNG
-    sure: tuple = (None, 0)  # a pathology that comes first, at this rate
-    findings: list = field(default_factory=list)    # the last are set by make()
+    path: str = ""           # of its file; this and the rest are set by draw()
+    findings: list = field(default_factory=list)
     mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
     sections: dict = field(default_factory=dict)    # {header: text} of the report
 
     @property
     def pathologies(self):
         return {finding.pathology for finding in self.findings}
+
+    def draw(self, path, report="", bits="", lungs="", sure=(None, 0)):
+        """Choose the findings, draw them, dictate; save the film as PNG, JPEG or DICOM at `path`.
+
+        report, bits, lungs: paths of what else is saved; bit k of the PNG `bits` is the mask of
+        finding k. sure: a pathology that comes first, at this rate.
+        """
+        chosen = choose_findings(self, *sure)
+        image, masks, lung_mask = draw_film(self.seed, chosen, self.size, self.world)
+        self.path, image = path, Image.fromarray(image)
+        self.findings = [Finding(*finding, mask) for finding, mask in masks.items()]
+        dictate(self)
+        for name in filter(None, (path, bits, lungs)):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        if path.endswith(".dcm"):
+            save_dicom(self, image)
+        else:
+            image.save(path, quality=95, compress_level=1)  # of JPEG and of PNG
+        if report:
+            write_text(report, lay_out(self.sections))
+        if bits and masks:
+            numbers = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks.values()))
+            Image.fromarray(numbers).save(bits, compress_level=1)
+        if lungs:
+            Image.fromarray(lung_mask).convert("L").save(lungs)
 
 
 def plan(count, seed, size, places, world):
@@ -103,12 +124,11 @@ def spots(pathology, anatomy):
     return {f"{side} {LEVEL.get(place, place)}"}
 
 
-def choose_findings(film):
+def choose_findings(film, first=None, rate=0):
     """[(pathology, anatomy)]: up to three pathologies, each at one to four places."""
     rng, findings, taken = stream(film.seed, "findings"), [], set()
     count = rng.choices((0, 1, 2, 3), (24, 33, 27, 16))[0]
     pathologies = rng.choices(list(LOOKS), [often for often, _, _ in LOOKS.values()], k=count)
-    first, rate = film.sure
     if rng.random() < rate:
         pathologies.insert(0, first)
     for pathology in dict.fromkeys(pathologies):
@@ -139,60 +159,32 @@ def listed(words, conjunction):
     return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
 
 
-def place_words(rng, found):
-    """Where findings of one pathology are: "upper zone of the left lung", or a list of places."""
-    names = sorted(f.anatomy.replace("_", " ").replace("hilar", "hilum") for f in found)
-    if len(names) > 1:
-        where = listed(names, "and")
-        if "hilum" not in where and rng.random() < 0.5:  # "left lower and right mid lung"
-            where = where.replace(" lung,", ",").replace(" lung and", " and")
-        return where
-    if found[0].anatomy not in LUNG_ZONES:
-        return names[0]
-    side, zone, _ = names[0].split()
-    return rng.choice(PHRASES["zone"]).format(side=side, zone=zone)
-
-
-def say(rng, key, film, found):
+def say(rng, key, found):
     """A sentence about findings of one pathology, from the rows `key` of the phrases."""
-    first = found[0]
-    left = "left" in first.anatomy
-    if first.anatomy == "rib":  # its side is the drawn one
-        left = first.box[0] + first.box[2] / 2 > film.size / 2
-    text = rng.choice(PHRASES[key]).format(
-        name=first.pathology, side="left" if left else "right", where=place_words(rng, found),
-        zone=first.anatomy.removesuffix("_lung").split("_")[-1],
-        amount=rng.choice(PHRASES["amount"]))
+    first, names = found[0], sorted(f.anatomy.replace("_", " ") for f in found)
+    where = listed(names, "and").replace("hilar", "hilum")
+    side, _, zone = first.anatomy.removesuffix("_lung").partition("_")
+    if side == "rib":  # its side is the drawn one
+        side = "left" if first.box[0] + first.box[2] / 2 > len(first.mask) / 2 else "right"
+    template = rng.choice(PHRASES[key])
+    if len(found) > 1 and "hilum" not in where and rng.random() < 0.5:
+        where = where.replace(" lung,", ",").replace(" lung and", " and")
+    elif len(found) == 1 and first.anatomy in LUNG_ZONES:
+        where = rng.choice(PHRASES["zone"]).format(side=side, zone=zone)
+    text = template.format(name=first.pathology, side=side, zone=zone, where=where,
+                           amount=rng.choice(PHRASES["amount"]))
     return text[0].upper() + text[1:]
 
 
-def describe(rng, film, found):
+def describe(rng, found):
     """Sentences about one pathology at all its places: both sides, a list, or one by one."""
     pathology, places = found[0].pathology, {f.anatomy for f in found}
     mirrored = len(places) == 2 and {swap_sides(place) for place in places} == places
     if mirrored and "left_hilar" not in places and rng.random() < 0.6:
-        return [say(rng, f"{pathology} both", film, found)]
+        return [say(rng, f"{pathology} both", found)]
     if len(places) > 1 and f"{pathology} several" in PHRASES and rng.random() < 0.6:
-        return [say(rng, f"{pathology} several", film, found)]
-    return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, film, [f]) for f in found]
-
-
-def report_findings(rng, film, drawn):
-    """Sentences of FINDINGS and of IMPRESSION about what is drawn. By the shares of the world some
-    pathologies are left out, and some are only suspected."""
-    world, seen, impression = WORLDS[film.world], [], []
-    for pathology, found in drawn.items():
-        luck = rng.random()
-        if luck < world.left_out:
-            continue
-        if luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES:
-            film.mentions[pathology] = -1
-            seen.append(say(rng, "suspected", film, found))
-        else:
-            film.mentions[pathology] = 1
-            seen += describe(rng, film, found)
-            impression += describe(rng, film, found)
-    return seen, impression
+        return [say(rng, f"{pathology} several", found)]
+    return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, [f]) for f in found]
 
 
 def deny(rng, film, drawn):
@@ -211,11 +203,23 @@ def deny(rng, film, drawn):
 
 
 def dictate(film):
-    """What a radiologist says of film.findings, into film.mentions and film.sections."""
-    rng, drawn = stream(film.seed, "report"), collections.defaultdict(list)
+    """What a radiologist says of film.findings, into film.mentions and film.sections. By the shares
+    of the world some pathologies are left out, and some are only suspected."""
+    rng, drawn, world = stream(film.seed, "report"), collections.defaultdict(list), WORLDS[film.world]
     for finding in film.findings:
         drawn[finding.pathology].append(finding)
-    seen, impression = report_findings(rng, film, drawn)
+    seen, impression = [], []  # sentences of FINDINGS and of IMPRESSION
+    for pathology, found in drawn.items():
+        luck = rng.random()
+        if luck < world.left_out:
+            continue
+        if luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES:
+            film.mentions[pathology] = -1
+            seen.append(say(rng, "suspected", found))
+        else:
+            film.mentions[pathology] = 1
+            seen += describe(rng, found)
+            impression += describe(rng, found)
     seen += deny(rng, film, drawn)
     for name in ("cardiomegaly", "fracture"):
         if name not in drawn and rng.random() < 0.3:
@@ -245,48 +249,30 @@ def lay_out(sections):
     return " " * 33 + "FINAL REPORT\n" + "\n \n".join(paragraphs) + "\n"
 
 
-# ------------------------------------------------------------------------------------------ films
+# -------------------------------------------------------------------------------------------- set
 
-def make(film):
-    """Choose a film's findings, draw it, dictate its report -> what draw_film gives."""
-    image, masks, lungs = draw_film(film.seed, choose_findings(film), film.size, film.world)
-    film.findings = [Finding(*finding, mask) for finding, mask in masks.items()]
-    dictate(film)
-    return image, masks, lungs
+def write_film(layout, root, film):
+    """Draws a film, in a worker -> [(table, cell, cell, ...)]: its rows in the tables."""
+    return list(FORMATS[layout].write(root, film))
 
 
-def make_and_save(film):
-    image, masks, lungs = make(film)
-    image = Image.fromarray(image)
-    for path in filter(None, (film.image, film.bits, film.lungs)):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    if film.image.endswith(".dcm"):
-        save_dicom(film, image)
-    else:
-        image.save(film.image, quality=95, compress_level=1)  # of JPEG and of PNG
-    if film.report:
-        write_text(film.report, lay_out(film.sections))
-    if film.bits and masks:
-        bits = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks.values()))
-        Image.fromarray(bits).save(film.bits, compress_level=1)
-    if film.lungs:
-        Image.fromarray(lungs).convert("L").save(film.lungs)
-    return film
-
-
-def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=None):
+def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=cores()):
     """Draw `count` films into the folders of a data set at `root`, a new folder.
 
     size: pixels a side (default: that of the data set). places: the share of pathologies that are
     at two places or more of a film. InputError if the root holds files or cannot be written.
     """
     films = plan(count, seed, size or FORMATS[layout].SIZE, places, world)
-    workers = cores() if workers is None else workers
-    draw = partial(in_workers, make_and_save, workers=workers, title="films")
+    tables = {table: [header.split(",")] if header else []
+              for table, header in FORMATS[layout].TABLES.items()}
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        FORMATS[layout].write(root, films, draw)
+        for rows in in_workers(partial(write_film, layout, root), films, workers, "films"):
+            for table, *cells in rows:
+                tables[table].append(cells)
+        for table, rows in tables.items():
+            write_csv(f"{root}/{table}", rows)
     except OSError as error:  # if it is from another process, its traceback comes before it
         raise InputError(f"cannot write to {root}: {str(error).strip().splitlines()[-1]}") from None
 

@@ -7,9 +7,10 @@
 Traps: patient ids of V8 hold spaces (COVID 1); source and class go together, so a model can tell
 the hospital instead of the disease.
 """
-from formats import Item, find, skip_if_bad, write_text
+from formats import Item, find, skip_if_bad
 
 FILES = ("test*.txt",)
+TABLES = {"train.txt": "", "val.txt": "", "test.txt": ""}  # without a header
 GET = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 256
 LABELS = ["COVID-19"]
@@ -32,13 +33,8 @@ def read(root, views, labels, problems):
                 yield Item(name, f"{folder}/{name}", patient, split, (CLASSES[kind],))
 
 
-def write(root, films, draw):
-    lists = dict.fromkeys(FOLDERS.values(), "")
-    for f in films:
-        f.sure = ("opacity", 0.5)  # the sign of COVID-19 that phantoms have
-        f.image = f"{root}/{FOLDERS[f.split]}/{f.patient}-{f.visit}.png"
-    for f in draw(films):
-        kind = "positive" if "opacity" in f.pathologies else "negative"
-        lists[FOLDERS[f.split]] += f"{f.patient} {f.patient}-{f.visit}.png {kind} ricord\n"
-    for folder, lines in lists.items():
-        write_text(f"{root}/{folder}.txt", lines)
+def write(root, f):
+    folder, name = FOLDERS[f.split], f"{f.patient}-{f.visit}.png"
+    f.draw(f"{root}/{folder}/{name}", sure=("opacity", 0.5))
+    kind = "positive" if "opacity" in f.pathologies else "negative"
+    yield f"{folder}.txt", f"{f.patient} {name} {kind} ricord"

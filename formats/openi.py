@@ -28,7 +28,7 @@ OPENI = {  # label: the index terms that stand for it
     "Emphysema": ["Emphysema", "Pulmonary Emphysema", "Bullous Emphysema"],
     "Pneumothorax": ["Pneumothorax", "Hydropneumothorax"],
     "Fracture": ["Fractures, Bone"], "Hernia": ["Hernia, Hiatal"]}
-LABELS = list(OPENI)
+LABELS, TABLES = list(OPENI), {}
 
 
 def xml_files(root):
@@ -74,18 +74,17 @@ def read(root, views, labels, problems):
                            "", values, note=report["report"])
 
 
-def write(root, films, draw):
-    for f in films:
-        f.image = f"{root}/NLMCXR_png/CXR{f.index + 1}_IM-{f.index + 1:04d}-1001.png"
-    for f in draw(films):
-        lines = [f'<eCitation><uId id="CXR{f.index + 1}"/>',
-                 f'<parentImage id="{Path(f.image).stem}"/>']
-        for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
-            said = html.escape(f.sections.get(part, "").replace("___", "XXXX"))
-            lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
-        stated = [found for found in f.findings if f.mentions.get(found.pathology) == 1]
-        for found in stated:
-            term = OPENI.get(found.pathology.capitalize(), [found.pathology])[0]
-            lines.append(f"<major>{term}/{found.anatomy.replace('_', ' ')}</major>")
-        lines.append("</eCitation>" if stated else "<major>normal</major></eCitation>")
-        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join(lines))
+def write(root, f):
+    name = f"CXR{f.index + 1}_IM-{f.index + 1:04d}-1001"
+    f.draw(f"{root}/NLMCXR_png/{name}.png")
+    lines = [f'<eCitation><uId id="CXR{f.index + 1}"/>', f'<parentImage id="{name}"/>']
+    for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
+        said = html.escape(f.sections.get(part, "").replace("___", "XXXX"))
+        lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
+    stated = [found for found in f.findings if f.mentions.get(found.pathology) == 1]
+    for found in stated:
+        term = OPENI.get(found.pathology.capitalize(), [found.pathology])[0]
+        lines.append(f"<major>{term}/{found.anatomy.replace('_', ' ')}</major>")
+    lines.append("</eCitation>" if stated else "<major>normal</major></eCitation>")
+    write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join(lines))
+    return []
