@@ -8,17 +8,14 @@ Traps: patient ids of V8 hold spaces (COVID 1); source and class go together, so
 the hospital instead of the disease.
 """
 from formats import Item, find, skip_if_bad
+from text import DEFINITIONS
 
 FILES = ("test*.txt",)
 TABLES = {"train.txt": "", "val.txt": "", "test.txt": ""}  # without a header
 GET = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 256
 LABELS = ["COVID-19"]
-PAPER_PROMPT = (  # the published run asks for COVID-19 by these words (Sec. IV-A)
-    "COVID-19, caused by the SARS-CoV-2 virus, primarily affects the respiratory system and can be "
-    "identified on chest X-rays by characteristic bilateral, peripheral ground-glass opacities. "
-    "These radiographic findings are most commonly seen in the lower lobes of the lungs and can "
-    "progress to multifocal consolidation as the disease advances.")
+PAPER_PROMPT = DEFINITIONS["COVID-19 in the paper"]  # of the published run (Sec. IV-A)
 CLASSES = {"positive": 1, "negative": 0}
 FOLDERS = {"train": "train", "validate": "val", "test": "test"}
 

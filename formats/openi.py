@@ -15,19 +15,13 @@ from xml.etree import ElementTree
 
 from cli import InputError
 from formats import UNKNOWN, Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
+from text import vocabulary_rows
 
 FILES = ("ecgen-radiology", "NLMCXR_reports*.tgz")
 GET = "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "frontal", 512
-OPENI = {  # label: the index terms that stand for it
-    "Cardiomegaly": ["Cardiomegaly"], "Effusion": ["Pleural Effusion"],
-    "Atelectasis": ["Pulmonary Atelectasis"], "Opacity": ["Opacity"], "Pneumonia": ["Pneumonia"],
-    "Nodule": ["Nodule"], "Mass": ["Mass"], "Calcification": ["Calcinosis"],
-    "Congestion": ["Pulmonary Congestion"], "Edema": ["Pulmonary Edema"],
-    "Consolidation": ["Consolidation"], "Infiltrate": ["Infiltrate"], "Scar": ["Cicatrix"],
-    "Emphysema": ["Emphysema", "Pulmonary Emphysema", "Bullous Emphysema"],
-    "Pneumothorax": ["Pneumothorax", "Hydropneumothorax"],
-    "Fracture": ["Fractures, Bone"], "Hernia": ["Hernia, Hiatal"]}
+# {label: the index terms that stand for it}
+OPENI = {row["label"]: row["terms"].split(" or ") for row in vocabulary_rows("openi")}
 LABELS, TABLES = list(OPENI), {}
 
 
