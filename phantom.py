@@ -9,6 +9,7 @@ sentences of vocabulary_phrases.csv; formats/NAME.py names its files and lists i
 bytes depend on layout, count, seed, size, places and world alone.
 """
 import collections
+import itertools
 import math
 import os
 import textwrap
@@ -56,7 +57,7 @@ class Film:
     places: float
     world: str
     path: str = ""           # of its file; this and the rest are set by draw()
-    findings: list = field(default_factory=list)
+    findings: list = field(default_factory=list)    # of Finding, sorted
     mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
     sections: dict = field(default_factory=dict)    # {header: text} of the report
 
@@ -74,7 +75,7 @@ class Film:
         image, masks, lung_mask = draw_film(self.seed, chosen, self.size, self.world)
         self.path, image = path, Image.fromarray(image)
         self.findings = [Finding(*finding, mask) for finding, mask in masks.items()]
-        dictate(self)
+        self.mentions, self.sections = dictate(self)
         for name in filter(None, (path, bits, lungs)):
             os.makedirs(os.path.dirname(name), exist_ok=True)
         if path.endswith(".dcm"):
@@ -84,8 +85,8 @@ class Film:
         if report:
             write_text(report, lay_out(self.sections))
         if bits and masks:
-            numbers = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks.values()))
-            Image.fromarray(numbers).save(bits, compress_level=1)
+            packed = np.packbits(list(masks.values()), axis=0, bitorder="little")  # [1,size,size]
+            Image.fromarray(packed[0]).save(bits, compress_level=1)
         if lungs:
             Image.fromarray(lung_mask).convert("L").save(lungs)
 
@@ -109,14 +110,13 @@ def plan(count, seed, size, places, world):
 # --------------------------------------------------------------------------------------- findings
 
 # Findings that would hide each other share a spot, and a film has one finding per spot at most.
-LEVEL = {"pleural": "lower", "diaphragm": "lower", "lower_lung": "lower", "apical_lung": "upper",
-         "upper_lung": "upper", "mid_lung": "mid", "hilar": "mid"}
+LEVEL = {"pleural": "lower", "diaphragm": "lower", "apical": "upper", "hilar": "mid"}
 MOST = 8        # findings in a film: their masks are the bits of a byte
 SEVERAL = 1.25  # makes up for pathologies with one place, and for spots that are taken
 
 
 def spots(pathology, anatomy):
-    side, _, place = anatomy.partition("_")
+    side, _, place = anatomy.removesuffix("_lung").partition("_")
     if pathology == "tube":  # it hides nothing
         return {f"tube {anatomy}"}
     if pathology == "edema":
@@ -154,9 +154,8 @@ for row in vocabulary_rows("phrases"):
 
 def listed(words, conjunction):
     """"a", "a or b", "a, b or c" """
-    if len(words) == 1:
-        return words[0]
-    return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
+    *others, last = words
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
 def say(rng, key, found):
@@ -187,59 +186,62 @@ def describe(rng, found):
     return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, [f]) for f in found]
 
 
-def deny(rng, film, drawn):
-    """Sentences that deny 30 % of what is absent, one to three pathologies each."""
-    absent = [name for name in LOOKS if name not in drawn]
-    if drawn.keys() & PATCHES.keys():  # "no focal opacity" would deny a consolidation
-        absent = [name for name in absent if name not in PATCHES]
-    denied, said = [name for name in absent if rng.random() < 0.3], []
-    film.mentions |= dict.fromkeys(denied, 0)
-    while denied:
+def deny(rng, names):
+    """Sentences that deny pathologies, one to three each."""
+    sentences = []
+    while names:
         count = rng.randint(1, 3)
-        names = [PHRASES.get(f"no {name}", [name])[0] for name in denied[:count]]
-        said.append(rng.choice(PHRASES["denied"]).format(name=listed(names, "or")))
-        denied = denied[count:]
-    return said
+        said = [PHRASES.get(f"no {name}", [name])[0] for name in names[:count]]
+        sentences.append(rng.choice(PHRASES["denied"]).format(name=listed(said, "or")))
+        names = names[count:]
+    return sentences
 
 
 def dictate(film):
-    """What a radiologist says of film.findings, into film.mentions and film.sections. By the shares
-    of the world some pathologies are left out, and some are only suspected."""
-    rng, drawn, world = stream(film.seed, "report"), collections.defaultdict(list), WORLDS[film.world]
-    for finding in film.findings:
-        drawn[finding.pathology].append(finding)
+    """What a radiologist says of film.findings -> (mentions, sections) of a Film.
+
+    By the shares of the world pathologies are left out or only suspected; 30 % of what is absent
+    is denied.
+    """
+    rng, world, mentions = stream(film.seed, "report"), WORLDS[film.world], {}
     seen, impression = [], []  # sentences of FINDINGS and of IMPRESSION
-    for pathology, found in drawn.items():
-        luck = rng.random()
+    for pathology, group in itertools.groupby(film.findings, lambda finding: finding.pathology):
+        found, luck = list(group), rng.random()
         if luck < world.left_out:
             continue
         if luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES:
-            film.mentions[pathology] = -1
+            mentions[pathology] = -1
             seen.append(say(rng, "suspected", found))
         else:
-            film.mentions[pathology] = 1
+            mentions[pathology] = 1
             seen += describe(rng, found)
             impression += describe(rng, found)
-    seen += deny(rng, film, drawn)
+    present = film.pathologies
+    if present & PATCHES.keys():  # "no focal opacity" would deny a consolidation
+        present |= PATCHES.keys()
+    denied = [name for name in LOOKS if name not in present and rng.random() < 0.3]
+    mentions |= dict.fromkeys(denied, 0)
+    seen += deny(rng, denied)
     for name in ("cardiomegaly", "fracture"):
-        if name not in drawn and rng.random() < 0.3:
+        if name not in present and rng.random() < 0.3:
             seen.append(rng.choice(PHRASES[f"without {name}"]))
-    if not drawn:
+    if not present:
         seen.append(rng.choice(PHRASES["normal lungs"]))
         impression.append(rng.choice(PHRASES["normal film"]))
     rng.shuffle(seen)
-    film.sections = {"EXAMINATION": rng.choice(PHRASES[film.view]),
-                     "INDICATION": f"___{film.sex} {rng.choice(PHRASES['indication'])}"}
+    sections = {"EXAMINATION": rng.choice(PHRASES[film.view]),
+                "INDICATION": f"___{film.sex} {rng.choice(PHRASES['indication'])}"}
     if rng.random() < 0.5:
-        film.sections["COMPARISON"] = rng.choice(PHRASES["comparison"])
+        sections["COMPARISON"] = rng.choice(PHRASES["comparison"])
     said = " ".join(seen) or "Single frontal view."
     form = rng.choice(("both", "both", "findings", "impression"))
     if form != "impression":
-        film.sections["FINDINGS"] = said
+        sections["FINDINGS"] = said
     if form == "both":
-        film.sections["IMPRESSION"] = " ".join(impression) or "As above."
+        sections["IMPRESSION"] = " ".join(impression) or "As above."
     if form == "impression":
-        film.sections["IMPRESSION"] = said
+        sections["IMPRESSION"] = said
+    return mentions, sections
 
 
 def lay_out(sections):
