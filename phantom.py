@@ -253,24 +253,20 @@ def lay_out(sections):
 
 # -------------------------------------------------------------------------------------------- set
 
-def write_film(layout, root, film):
-    """Draws a film, in a worker -> [(table, cell, cell, ...)]: its rows in the tables."""
-    return list(FORMATS[layout].write(root, film))
-
-
 def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=cores()):
     """Draw `count` films into the folders of a data set at `root`, a new folder.
 
     size: pixels a side (default: that of the data set). places: the share of pathologies that are
     at two places or more of a film. InputError if the root holds files or cannot be written.
     """
-    films = plan(count, seed, size or FORMATS[layout].SIZE, places, world)
+    source = FORMATS[layout]
+    films = plan(count, seed, size or source.SIZE, places, world)
     tables = {table: [header.split(",")] if header else []
-              for table, header in FORMATS[layout].TABLES.items()}
+              for table, header in source.TABLES.items()}
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        for rows in in_workers(partial(write_film, layout, root), films, workers, "films"):
+        for rows in in_workers(partial(source.write, root), films, workers, "films"):
             for table, *cells in rows:
                 tables[table].append(cells)
         for table, rows in tables.items():

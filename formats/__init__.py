@@ -8,7 +8,7 @@ Each has GET, where to get it; FILES, of which one lies at its root; SHARES of t
 where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; TABLES, the
 {name: header} of the csv files that phantom.py writes; and
     read(root, views, labels, problems)   yields Items, adds (kind, what) to the list `problems`
-    write(root, film)                     has a film drawn, yields its rows: (table, cell, ...)
+    write(root, film)                     has a film drawn, returns its rows: (table, cell, ...)
 """
 import contextlib
 import csv

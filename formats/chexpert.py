@@ -62,4 +62,4 @@ def write(root, f):
     table = "test_labels.csv" if f.split == "test" else f"{folder}.csv"
     # a radiologist sees what is drawn
     seen = f.mentions if f.split == "train" else dict.fromkeys(f.pathologies, 1)
-    yield f"{RELEASE}/{table}", f"{study}/view1_frontal.jpg", *said(seen).values()
+    return [(f"{RELEASE}/{table}", f"{study}/view1_frontal.jpg", *said(seen).values())]

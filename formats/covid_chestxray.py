@@ -73,4 +73,4 @@ def write(root, f):
     if "opacity" in f.pathologies:
         disease = "Pneumonia/Viral/COVID-19"
     said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
-    yield "metadata.csv", f.patient, disease, f.view, "X-ray", f"{f.index}.png", said
+    return [("metadata.csv", f.patient, disease, f.view, "X-ray", f"{f.index}.png", said)]

@@ -34,4 +34,4 @@ def write(root, f):
     folder, name = FOLDERS[f.split], f"{f.patient}-{f.visit}.png"
     f.draw(f"{root}/{folder}/{name}", sure=("opacity", 0.5))
     kind = "positive" if "opacity" in f.pathologies else "negative"
-    yield f"{folder}.txt", f"{f.patient} {name} {kind} ricord"
+    return [(f"{folder}.txt", f"{f.patient} {name} {kind} ricord")]

@@ -74,8 +74,8 @@ def write(root, f):
     name = np.random.default_rng([2, f.index]).bytes(20).hex("-", 4)
     path = f"{root}/files/p{patient[:2]}/p{patient}/s{study}"
     f.draw(f"{path}/{name}.jpg", f"{path}.txt", f"{root}/masks/{name}.png")
-    for k, finding in enumerate(f.findings):
-        yield "boxes.csv", name, k, finding.pathology, finding.anatomy, *finding.box
-    yield "mimic-cxr-2.0.0-chexpert.csv.gz", study, *said(f.mentions).values()
-    yield "mimic-cxr-2.0.0-metadata.csv.gz", name, f.view, f.size, f.size
-    yield "mimic-cxr-2.0.0-split.csv.gz", name, study, patient, f.split
+    boxes = [("boxes.csv", name, k, found.pathology, found.anatomy, *found.box)
+             for k, found in enumerate(f.findings)]
+    return [*boxes, ("mimic-cxr-2.0.0-chexpert.csv.gz", study, *said(f.mentions).values()),
+            ("mimic-cxr-2.0.0-metadata.csv.gz", name, f.view, f.size, f.size),
+            ("mimic-cxr-2.0.0-split.csv.gz", name, study, patient, f.split)]

@@ -44,15 +44,16 @@ def read(root, views, labels, problems):
 
 
 def write(root, f):
-    name, found = f"{f.patient + 1:08d}_{f.visit:03d}.png", set()
+    name, labels, rows = f"{f.patient + 1:08d}_{f.visit:03d}.png", set(), []
     f.draw(f"{root}/images/{name}")
     for finding in f.findings:
         label = finding.pathology.capitalize().replace("Opacity", "Infiltration")
-        found.add(label)
+        labels.add(label)
         if f.split == "test" and label in LABELS:
             sides = [side * SIZE / f.size for side in finding.box]
-            yield "BBox_List_2017.csv", name, label.replace("Infiltration", "Infiltrate"), *sides
+            label = label.replace("Infiltration", "Infiltrate")
+            rows.append(("BBox_List_2017.csv", name, label, *sides))
     if f.split == "test":
-        yield "test_list.txt", name
-    labels = [label for label in LABELS if label in found] or ["No Finding"]
-    yield "Data_Entry_2017_v2020.csv", name, "|".join(labels), f.patient + 1
+        rows.append(("test_list.txt", name))
+    found = "|".join(label for label in LABELS if label in labels) or "No Finding"
+    return [*rows, ("Data_Entry_2017_v2020.csv", name, found, f.patient + 1)]

@@ -48,4 +48,4 @@ def write(root, f):
     name = f"ROCOv2_2023_{folder}_{f.index + 1:06d}"
     f.draw(f"{root}/{folder}/{name}.jpg")
     said = f.sections.get("IMPRESSION") or f.sections.get("FINDINGS", "")
-    yield f"{folder}_captions.csv", name, f"Chest X-ray. {said}"
+    return [(f"{folder}_captions.csv", name, f"Chest X-ray. {said}")]

@@ -66,9 +66,6 @@ def save_dicom(film, image):
 def write(root, f):
     name, table = f"{f.index:08x}-0000-4000-8000-{f.patient:012x}", "stage_2_train_labels.csv"
     f.draw(f"{root}/stage_2_train_images/{name}.dcm", sure=("pneumonia", 0.15))
-    found = [finding for finding in f.findings
-             if finding.pathology in ("pneumonia", "opacity", "consolidation")]
-    for finding in found:
-        yield table, name, *(side * SIZE / f.size for side in finding.box), 1
-    if not found:
-        yield table, name, "", "", "", "", 0
+    rows = [(table, name, *(side * SIZE / f.size for side in found.box), 1) for found in f.findings
+            if found.pathology in ("pneumonia", "opacity", "consolidation")]
+    return rows or [(table, name, "", "", "", "", 0)]

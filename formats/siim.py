@@ -66,5 +66,4 @@ def write(root, f):
     name = f"1.2.276.0.7230010.3.1.4.{f.index}"
     f.draw(f"{root}/dicom-images-train/{name}.1/{name}.2/{name}.dcm", sure=("pneumothorax", 0.2))
     rles = [encode(found.mask) for found in f.findings if found.pathology == "pneumothorax"]
-    for rle in rles or ["-1"]:
-        yield "train-rle.csv", name, f" {rle}"
+    return [("train-rle.csv", name, f" {rle}") for rle in rles or ["-1"]]

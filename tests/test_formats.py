@@ -109,8 +109,7 @@ def test_mimic_label_files_views_and_bad_rows(tmp_path):
     fill(tmp_path, {
         "mimic-cxr-2.0.0-split.csv.gz": "dicom_id,study_id,subject_id,split\na,51,1012,train\n"
         "b,52,1012,train\nc,53,1012,trian\nd,54,1012,test\ne\n",
-        "mimic-cxr-2.0.0-metadata.csv": "dicom_id,ViewPosition,Rows,Columns\na,PA,9,9\nb,LL,9,9\n"
-        "c,AP,9,9\n",
+        "mimic-cxr-2.0.0-metadata.csv": "dicom_id,ViewPosition\na,PA\nb,LL\nc,AP\n",
         "mimic-cxr-2.0.0-negbio.csv": "study_id,Edema,Mass\n51,-1.0,1\n52,yes,\n",
         "mimic-cxr-2.1.0-test-set-labeled.csv": "study_id,Airspace Opacity\n51,1.0\n"})
     _, items, problems = read("mimic", tmp_path, labels="negbio")
@@ -188,16 +187,15 @@ def test_covidx_lines(tmp_path):
 
 
 def test_chexpert_paths_and_test_set(tmp_path):
-    view, blank = "patient1/study1/view", "," * 13 + "\n"
-    columns = ",".join(FORMATS["chexpert"].LABELS)
+    view, header = "patient1/study1/view", "Path," + ",".join(FORMATS["chexpert"].LABELS)
     fill(tmp_path, {
-        "train.csv": f"Path,{columns}\nCheXpert-v1.0/train/{view}2_lateral.jpg,-1.0{blank}"
-        f"CheXpert-v1.0/train/{view}3_frontal.jpg,maybe{blank}CheXpert,1.0{blank}",
-        "valid.csv": f"Path,{columns}\nCheXpert-v1.0/valid/{view}1_frontal.jpg,0.0{blank}"})
+        "train.csv": f"{header}\nCheXpert-v1.0/train/{view}2_lateral.jpg,-1.0\n"
+        f"CheXpert-v1.0/train/{view}3_frontal.jpg,maybe\nCheXpert,1.0\n",
+        "valid.csv": f"{header}\nCheXpert-v1.0/valid/{view}1_frontal.jpg,0.0\n"})
     _, items, problems = read("chexpert", tmp_path)
     assert [(i.path, i.split, i.labels[0]) for i in items.values()] == [
         (f"train/{view}2_lateral.jpg", "train", -1), (f"valid/{view}1_frontal.jpg", "test", 0)]
-    fill(tmp_path, {"test_labels.csv": f"Path,{columns}\ntest/{view}1_frontal.jpg,1{blank}"})
+    fill(tmp_path, {"test_labels.csv": f"{header}\ntest/{view}1_frontal.jpg,1\n"})
     _, items, _ = read("chexpert", tmp_path, "frontal")
     assert [(i.path, i.split, i.labels[0]) for i in items.values()] == [
         (f"valid/{view}1_frontal.jpg", "validate", 0), (f"test/{view}1_frontal.jpg", "test", 1)]
