@@ -9,16 +9,13 @@ radiologists read valid and test. Without test_labels.csv valid is the test set,
 takes validate from train. Trap: Path begins with the folder of the release.
 """
 from formats import BLANK, Item, csv_rows, find, skip_if_bad
+from text import vocabulary_rows
 
 FILES = ("train.csv", "valid.csv", "test_labels.csv")
 GET = "https://stanfordmlgroup.github.io/competitions/chexpert"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "frontal", 390
-LABELS = {  # in the order of the csv: what phantom.py draws for each
-    "No Finding": set(), "Enlarged Cardiomediastinum": set(), "Cardiomegaly": {"cardiomegaly"},
-    "Lung Opacity": {"opacity"}, "Lung Lesion": {"nodule", "mass"}, "Edema": {"edema"},
-    "Consolidation": {"consolidation"}, "Pneumonia": {"pneumonia"}, "Atelectasis": {"atelectasis"},
-    "Pneumothorax": {"pneumothorax"}, "Pleural Effusion": {"effusion"}, "Pleural Other": set(),
-    "Fracture": {"fracture"}, "Support Devices": {"tube"}}
+# {label: the pathologies that phantom.py draws for it}, in the order of the csv
+LABELS = {row["label"]: row["drawn"].split(" or ") for row in vocabulary_rows("chexpert")}
 VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1, "": BLANK}  # of a cell
 RELEASE = "CheXpert-v1.0-small"  # of the phantoms
 TABLES = {f"{RELEASE}/{table}": "Path," + ",".join(LABELS) for table in FILES}
@@ -47,8 +44,8 @@ def read(root, views, labels, problems):
 def said(mentions):
     """A labeller's csv cells for a report, by label. mentions: {pathology: 1, 0 or -1}."""
     cells = {}
-    for label, looks in LABELS.items():
-        values = {mentions[pathology] for pathology in looks & mentions.keys()}
+    for label, drawn in LABELS.items():
+        values = [mentions.get(pathology) for pathology in drawn]
         cells[label] = next((f"{value}.0" for value in (1, -1, 0) if value in values), "")
     if not {cells[label] for label in cells if label != "Support Devices"} & {"1.0", "-1.0"}:
         cells["No Finding"] = "1.0"
