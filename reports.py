@@ -302,11 +302,10 @@ def main(args):
     sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
     indexed, asserted, same_side, problems = [], [], [], []
     for record in reports(args.root, problems):
-        triplets = extract_triplets(record["report"])
+        present = [t for t in extract_triplets(record["report"]) if t.existence == 1]
         for label, headings in OPENI.items():
             terms = [term for term in record["terms"] if term.split("/")[0] in headings]
-            places = {triplet.anatomy for triplet in triplets
-                      if triplet.pathology == label.lower() and triplet.existence == 1}
+            places = {t.anatomy for t in present if t.pathology == label.lower()}
             indexed.append(bool(terms))
             asserted.append(bool(places))
             if terms and places - sideless and sides(terms):
