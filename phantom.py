@@ -13,7 +13,7 @@ import itertools
 import math
 import os
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Film:
-    seed: tuple              # the first fields are from plan()
+    seed: tuple
     index: int
     patient: int
     visit: int
@@ -57,9 +57,9 @@ class Film:
     places: float
     world: str
     path: str = ""           # of its file; this and the rest are set by draw()
-    findings: list = field(default_factory=list)    # of Finding, sorted
-    mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
-    sections: dict = field(default_factory=dict)    # {header: text} of the report
+    findings: list = None    # of Finding, sorted
+    mentions: dict = None    # {pathology: 1 stated, 0 denied, -1 suspected}
+    sections: dict = None    # {header: text} of the report
 
     @property
     def pathologies(self):
