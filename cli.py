@@ -43,6 +43,8 @@ def run(main, parse_args):
     """Run a script. `main` takes the parsed flags."""
     try:
         main(parse_args())
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except InputError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)

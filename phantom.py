@@ -5,14 +5,15 @@
     python phantom.py --root /tmp/phantoms --count 200               # MIMIC's folders, seconds
 
 formats/chest.py draws a film. This file chooses its findings and dictates its report in the
-sentences of vocabulary_phrases.csv; formats/NAME.py lays out the folders. The bytes depend on
-layout, count, seed, size, places and world alone.
+sentences of vocabulary_phrases.csv; formats/NAME.py names its files and lists its labels. The
+bytes depend on layout, count, seed, size, places and world alone.
 """
 import collections
+import itertools
 import math
 import os
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from cli import InputError, Parser, cores, number, run
-from formats import write_text
+from formats import write_csv, write_text
 from formats.chest import LOOKS, LUNG_ZONES, PATCHES, WORLDS, draw_film, stream
 from formats.items import FORMATS
 from formats.prepare import in_workers
@@ -45,7 +46,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Film:
-    seed: tuple              # the first fields are from plan()
+    seed: tuple
     index: int
     patient: int
     visit: int
@@ -55,18 +56,39 @@ class Film:
     size: int                # pixels a side
     places: float
     world: str
-    image: str = ""          # paths, set by write() of a format: PNG, JPEG or DICOM by the ending
-    report: str = ""
-    bits: str = ""           # a PNG whose bit k is the mask of finding k
-    lungs: str = ""          # a PNG
-    sure: tuple = (None, 0)  # a pathology that comes first, at this rate
-    findings: list = field(default_factory=list)    # the last are set by make()
-    mentions: dict = field(default_factory=dict)    # {pathology: 1 stated, 0 denied, -1 suspected}
-    sections: dict = field(default_factory=dict)    # {header: text} of the report
+    path: str = ""           # of its file; this and the rest are set by draw()
+    findings: list = None    # of Finding, sorted
+    mentions: dict = None    # {pathology: 1 stated, 0 denied, -1 suspected}
+    sections: dict = None    # {header: text} of the report
 
     @property
     def pathologies(self):
         return {finding.pathology for finding in self.findings}
+
+    def draw(self, path, report="", bits="", lungs="", sure=(None, 0)):
+        """Choose the findings, draw them, dictate; save the film as PNG, JPEG or DICOM at `path`.
+
+        report, bits, lungs: paths of what else is saved; bit k of the PNG `bits` is the mask of
+        finding k. sure: a pathology that comes first, at this rate.
+        """
+        chosen = choose_findings(self, *sure)
+        image, masks, lung_mask = draw_film(self.seed, chosen, self.size, self.world)
+        self.path, image = path, Image.fromarray(image)
+        self.findings = [Finding(*finding, mask) for finding, mask in masks.items()]
+        self.mentions, self.sections = dictate(self)
+        for name in filter(None, (path, bits, lungs)):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+        if path.endswith(".dcm"):
+            save_dicom(self, image)
+        else:
+            image.save(path, quality=95, compress_level=1)  # of JPEG and of PNG
+        if report:
+            write_text(report, lay_out(self.sections))
+        if bits and masks:
+            packed = np.packbits(list(masks.values()), axis=0, bitorder="little")  # [1,size,size]
+            Image.fromarray(packed[0]).save(bits, compress_level=1)
+        if lungs:
+            Image.fromarray(lung_mask).convert("L").save(lungs)
 
 
 def plan(count, seed, size, places, world):
@@ -88,14 +110,13 @@ def plan(count, seed, size, places, world):
 # --------------------------------------------------------------------------------------- findings
 
 # Findings that would hide each other share a spot, and a film has one finding per spot at most.
-LEVEL = {"pleural": "lower", "diaphragm": "lower", "lower_lung": "lower", "apical_lung": "upper",
-         "upper_lung": "upper", "mid_lung": "mid", "hilar": "mid"}
+LEVEL = {"pleural": "lower", "diaphragm": "lower", "apical": "upper", "hilar": "mid"}
 MOST = 8        # findings in a film: their masks are the bits of a byte
 SEVERAL = 1.25  # makes up for pathologies with one place, and for spots that are taken
 
 
 def spots(pathology, anatomy):
-    side, _, place = anatomy.partition("_")
+    side, _, place = anatomy.removesuffix("_lung").partition("_")
     if pathology == "tube":  # it hides nothing
         return {f"tube {anatomy}"}
     if pathology == "edema":
@@ -103,12 +124,11 @@ def spots(pathology, anatomy):
     return {f"{side} {LEVEL.get(place, place)}"}
 
 
-def choose_findings(film):
+def choose_findings(film, first=None, rate=0):
     """[(pathology, anatomy)]: up to three pathologies, each at one to four places."""
     rng, findings, taken = stream(film.seed, "findings"), [], set()
     count = rng.choices((0, 1, 2, 3), (24, 33, 27, 16))[0]
     pathologies = rng.choices(list(LOOKS), [often for often, _, _ in LOOKS.values()], k=count)
-    first, rate = film.sure
     if rng.random() < rate:
         pathologies.insert(0, first)
     for pathology in dict.fromkeys(pathologies):
@@ -134,108 +154,94 @@ for row in vocabulary_rows("phrases"):
 
 def listed(words, conjunction):
     """"a", "a or b", "a, b or c" """
-    if len(words) == 1:
-        return words[0]
-    return f"{', '.join(words[:-1])} {conjunction} {words[-1]}"
+    *others, last = words
+    return f"{', '.join(others)} {conjunction} {last}" if others else last
 
 
-def place_words(rng, found):
-    """Where findings of one pathology are: "upper zone of the left lung", or a list of places."""
-    names = sorted(f.anatomy.replace("_", " ").replace("hilar", "hilum") for f in found)
-    if len(names) > 1:
-        where = listed(names, "and")
-        if "hilum" not in where and rng.random() < 0.5:  # "left lower and right mid lung"
-            where = where.replace(" lung,", ",").replace(" lung and", " and")
-        return where
-    if found[0].anatomy not in LUNG_ZONES:
-        return names[0]
-    side, zone, _ = names[0].split()
-    return rng.choice(PHRASES["zone"]).format(side=side, zone=zone)
-
-
-def say(rng, key, film, found):
+def say(rng, key, found):
     """A sentence about findings of one pathology, from the rows `key` of the phrases."""
-    first = found[0]
-    left = "left" in first.anatomy
-    if first.anatomy == "rib":  # its side is the drawn one
-        left = first.box[0] + first.box[2] / 2 > film.size / 2
-    text = rng.choice(PHRASES[key]).format(
-        name=first.pathology, side="left" if left else "right", where=place_words(rng, found),
-        zone=first.anatomy.removesuffix("_lung").split("_")[-1],
-        amount=rng.choice(PHRASES["amount"]))
+    first, names = found[0], sorted(f.anatomy.replace("_", " ") for f in found)
+    where = listed(names, "and").replace("hilar", "hilum")
+    side, _, zone = first.anatomy.removesuffix("_lung").partition("_")
+    if side == "rib":  # its side is the drawn one
+        side = "left" if first.box[0] + first.box[2] / 2 > len(first.mask) / 2 else "right"
+    template = rng.choice(PHRASES[key])
+    if len(found) > 1 and "hilum" not in where and rng.random() < 0.5:
+        where = where.replace(" lung,", ",").replace(" lung and", " and")
+    elif len(found) == 1 and first.anatomy in LUNG_ZONES:
+        where = rng.choice(PHRASES["zone"]).format(side=side, zone=zone)
+    text = template.format(name=first.pathology, side=side, zone=zone, where=where,
+                           amount=rng.choice(PHRASES["amount"]))
     return text[0].upper() + text[1:]
 
 
-def describe(rng, film, found):
+def describe(rng, found):
     """Sentences about one pathology at all its places: both sides, a list, or one by one."""
     pathology, places = found[0].pathology, {f.anatomy for f in found}
     mirrored = len(places) == 2 and {swap_sides(place) for place in places} == places
     if mirrored and "left_hilar" not in places and rng.random() < 0.6:
-        return [say(rng, f"{pathology} both", film, found)]
+        return [say(rng, f"{pathology} both", found)]
     if len(places) > 1 and f"{pathology} several" in PHRASES and rng.random() < 0.6:
-        return [say(rng, f"{pathology} several", film, found)]
-    return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, film, [f]) for f in found]
+        return [say(rng, f"{pathology} several", found)]
+    return [say(rng, "trachea" if f.anatomy == "trachea" else pathology, [f]) for f in found]
 
 
-def report_findings(rng, film, drawn):
-    """Sentences of FINDINGS and of IMPRESSION about what is drawn. By the shares of the world some
-    pathologies are left out, and some are only suspected."""
-    world, seen, impression = WORLDS[film.world], [], []
-    for pathology, found in drawn.items():
-        luck = rng.random()
-        if luck < world.left_out:
-            continue
-        if luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES:
-            film.mentions[pathology] = -1
-            seen.append(say(rng, "suspected", film, found))
-        else:
-            film.mentions[pathology] = 1
-            seen += describe(rng, film, found)
-            impression += describe(rng, film, found)
-    return seen, impression
-
-
-def deny(rng, film, drawn):
-    """Sentences that deny 30 % of what is absent, one to three pathologies each."""
-    absent = [name for name in LOOKS if name not in drawn]
-    if drawn.keys() & PATCHES.keys():  # "no focal opacity" would deny a consolidation
-        absent = [name for name in absent if name not in PATCHES]
-    denied, said = [name for name in absent if rng.random() < 0.3], []
-    film.mentions |= dict.fromkeys(denied, 0)
-    while denied:
+def deny(rng, names):
+    """Sentences that deny pathologies, one to three each."""
+    sentences = []
+    while names:
         count = rng.randint(1, 3)
-        names = [PHRASES.get(f"no {name}", [name])[0] for name in denied[:count]]
-        said.append(rng.choice(PHRASES["denied"]).format(name=listed(names, "or")))
-        denied = denied[count:]
-    return said
+        said = [PHRASES.get(f"no {name}", [name])[0] for name in names[:count]]
+        sentences.append(rng.choice(PHRASES["denied"]).format(name=listed(said, "or")))
+        names = names[count:]
+    return sentences
 
 
 def dictate(film):
-    """What a radiologist says of film.findings, into film.mentions and film.sections."""
-    rng, drawn = stream(film.seed, "report"), collections.defaultdict(list)
-    for finding in film.findings:
-        drawn[finding.pathology].append(finding)
-    seen, impression = report_findings(rng, film, drawn)
-    seen += deny(rng, film, drawn)
+    """What a radiologist says of film.findings -> (mentions, sections) of a Film.
+
+    By the shares of the world pathologies are left out or only suspected; 30 % of what is absent
+    is denied.
+    """
+    rng, world, mentions = stream(film.seed, "report"), WORLDS[film.world], {}
+    seen, impression = [], []  # sentences of FINDINGS and of IMPRESSION
+    for pathology, group in itertools.groupby(film.findings, lambda finding: finding.pathology):
+        found, luck = list(group), rng.random()
+        if luck < world.left_out:
+            continue
+        if luck < world.left_out + world.hedged and found[0].anatomy in LUNG_ZONES:
+            mentions[pathology] = -1
+            seen.append(say(rng, "suspected", found))
+        else:
+            mentions[pathology] = 1
+            seen += describe(rng, found)
+            impression += describe(rng, found)
+    present = film.pathologies
+    if present & PATCHES.keys():  # "no focal opacity" would deny a consolidation
+        present |= PATCHES.keys()
+    denied = [name for name in LOOKS if name not in present and rng.random() < 0.3]
+    mentions |= dict.fromkeys(denied, 0)
+    seen += deny(rng, denied)
     for name in ("cardiomegaly", "fracture"):
-        if name not in drawn and rng.random() < 0.3:
+        if name not in present and rng.random() < 0.3:
             seen.append(rng.choice(PHRASES[f"without {name}"]))
-    if not drawn:
+    if not present:
         seen.append(rng.choice(PHRASES["normal lungs"]))
         impression.append(rng.choice(PHRASES["normal film"]))
     rng.shuffle(seen)
-    film.sections = {"EXAMINATION": rng.choice(PHRASES[film.view]),
-                     "INDICATION": f"___{film.sex} {rng.choice(PHRASES['indication'])}"}
+    sections = {"EXAMINATION": rng.choice(PHRASES[film.view]),
+                "INDICATION": f"___{film.sex} {rng.choice(PHRASES['indication'])}"}
     if rng.random() < 0.5:
-        film.sections["COMPARISON"] = rng.choice(PHRASES["comparison"])
+        sections["COMPARISON"] = rng.choice(PHRASES["comparison"])
     said = " ".join(seen) or "Single frontal view."
     form = rng.choice(("both", "both", "findings", "impression"))
     if form != "impression":
-        film.sections["FINDINGS"] = said
+        sections["FINDINGS"] = said
     if form == "both":
-        film.sections["IMPRESSION"] = " ".join(impression) or "As above."
+        sections["IMPRESSION"] = " ".join(impression) or "As above."
     if form == "impression":
-        film.sections["IMPRESSION"] = said
+        sections["IMPRESSION"] = said
+    return mentions, sections
 
 
 def lay_out(sections):
@@ -245,48 +251,26 @@ def lay_out(sections):
     return " " * 33 + "FINAL REPORT\n" + "\n \n".join(paragraphs) + "\n"
 
 
-# ------------------------------------------------------------------------------------------ films
+# -------------------------------------------------------------------------------------------- set
 
-def make(film):
-    """Choose a film's findings, draw it, dictate its report -> what draw_film gives."""
-    image, masks, lungs = draw_film(film.seed, choose_findings(film), film.size, film.world)
-    film.findings = [Finding(*finding, mask) for finding, mask in masks.items()]
-    dictate(film)
-    return image, masks, lungs
-
-
-def make_and_save(film):
-    image, masks, lungs = make(film)
-    image = Image.fromarray(image)
-    for path in filter(None, (film.image, film.bits, film.lungs)):
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-    if film.image.endswith(".dcm"):
-        save_dicom(film, image)
-    else:
-        image.save(film.image, quality=95, compress_level=1)  # of JPEG and of PNG
-    if film.report:
-        write_text(film.report, lay_out(film.sections))
-    if film.bits and masks:
-        bits = sum(mask.astype(np.uint8) << k for k, mask in enumerate(masks.values()))
-        Image.fromarray(bits).save(film.bits, compress_level=1)
-    if film.lungs:
-        Image.fromarray(lungs).convert("L").save(film.lungs)
-    return film
-
-
-def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=None):
+def write(layout, root, count, seed=0, size=None, places=0.27, world="easy", workers=cores()):
     """Draw `count` films into the folders of a data set at `root`, a new folder.
 
     size: pixels a side (default: that of the data set). places: the share of pathologies that are
     at two places or more of a film. InputError if the root holds files or cannot be written.
     """
-    films = plan(count, seed, size or FORMATS[layout].SIZE, places, world)
-    workers = cores() if workers is None else workers
-    draw = partial(in_workers, make_and_save, workers=workers, title="films")
+    source = FORMATS[layout]
+    films = plan(count, seed, size or source.SIZE, places, world)
+    tables = {table: [header.split(",")] if header else []
+              for table, header in source.TABLES.items()}
     try:
         if os.path.isdir(root) and os.listdir(root):
             raise InputError(f"{root} is not empty; give another --root or delete it first")
-        FORMATS[layout].write(root, films, draw)
+        for rows in in_workers(partial(source.write, root), films, workers, "films"):
+            for table, *cells in rows:
+                tables[table].append(cells)
+        for table, rows in tables.items():
+            write_csv(f"{root}/{table}", rows)
     except OSError as error:  # if it is from another process, its traceback comes before it
         raise InputError(f"cannot write to {root}: {str(error).strip().splitlines()[-1]}") from None
 

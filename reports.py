@@ -47,14 +47,15 @@ def section_name(header):
 
 
 def text_to_read(report):
-    """Findings and impression of a report; of two sections with one name the last counts.
+    """Findings and impression of a report; of two sections with one name the last counts, as
+    addenda stand on top.
 
     Without these two it is the last paragraph: all behind the first blank line of the last section,
     as in MIMIC's own parser. A report without any header is read whole.
     """
-    # addenda stand on top, above a line; in some data sets a report is one line
-    body = re.split(r"\n[ \t]*_{5,}[ \t]*\n", report.rstrip())[-1]
-    body = re.sub(r"\b(FINDINGS|IMPRESSION|INDICATION|COMPARISON)[ \t]*:", r"\n\1:", body)
+    # in some data sets a report is one line
+    headers = r"\b((FINDINGS AND )?IMPRESSION|FINDINGS|INDICATION|COMPARISON)[ \t]*:"
+    body = re.sub(headers, r"\n\1:", report.rstrip())
     name, texts = "", {"": ""}  # what stands before the first header has no name
     for line in body.split("\n"):
         header = HEADER.match(line.strip())
@@ -301,11 +302,10 @@ def main(args):
     sideless = {"rib", "clavicle", "spine", "mediastinal", "retrocardiac", "other"}
     indexed, asserted, same_side, problems = [], [], [], []
     for record in reports(args.root, problems):
-        triplets = extract_triplets(record["report"])
+        present = [t for t in extract_triplets(record["report"]) if t.existence == 1]
         for label, headings in OPENI.items():
             terms = [term for term in record["terms"] if term.split("/")[0] in headings]
-            places = {triplet.anatomy for triplet in triplets
-                      if triplet.pathology == label.lower() and triplet.existence == 1}
+            places = {t.anatomy for t in present if t.pathology == label.lower()}
             indexed.append(bool(terms))
             asserted.append(bool(places))
             if terms and places - sideless and sides(terms):

@@ -100,11 +100,10 @@ def sum_losses(out, y, p_text, a_text):
 def main(args):
     out_dir = Path(args.out_dir).absolute()
     film = phantom.plan(1, args.seed, size=64, places=0.27, world="easy")[0]
-    film.image, film.report = str(out_dir / "walk.jpg"), str(out_dir / "walk.txt")
     with atomic(out_dir / "walk.png") as picture:  # makes the folder, too
-        phantom.make_and_save(film)
-        pixels = read_image(film.image, 64)                                     # [64,64]
-        y = read_report(Path(film.report).read_text())                          # [1,n,m]
+        film.draw(str(out_dir / "walk.jpg"), out_dir / "walk.txt")
+        pixels = read_image(film.path, 64)                                      # [64,64]
+        y = read_report((out_dir / "walk.txt").read_text())                     # [1,n,m]
         figures.draw_walk(picture, pixels, film.findings, y[0].numpy(), PATHOLOGIES, ANATOMIES)
     p_text = encode_text(pathology_prompts(PATHOLOGIES), "hashing")             # [m,T]
     a_text = encode_text(anatomy_prompts(ANATOMIES), "hashing")                 # [n,T]

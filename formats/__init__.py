@@ -5,9 +5,10 @@ them: items (which format reads a folder), images, prepare, triplets (of reports
     python data.py --dataset nih --root /tmp/nih --check                   # read, list the problems
 
 Each has GET, where to get it; FILES, of which one lies at its root; SHARES of train and validate
-where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; and
+where the publisher has no such split; VIEWS, the default; LABELS; SIZE of a phantom; TABLES, the
+{name: header} of the csv files that phantom.py writes; and
     read(root, views, labels, problems)   yields Items, adds (kind, what) to the list `problems`
-    write(root, films, draw)              names the films' files, has them drawn, lists the labels
+    write(root, film)                     has a film drawn, returns its rows: (table, cell, ...)
 """
 import contextlib
 import csv
@@ -107,7 +108,7 @@ def write_text(path, text):
     path.write_bytes(gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
-def write_csv(path, header, rows):
+def write_csv(path, rows):
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(path, f"{header}\n{text.getvalue()}")
+    write_text(path, text.getvalue())

@@ -8,22 +8,18 @@ In train a labeller read the reports: 1.0 present, 0.0 absent, -1.0 uncertain, b
 radiologists read valid and test. Without test_labels.csv valid is the test set, and the loader
 takes validate from train. Trap: Path begins with the folder of the release.
 """
-from pathlib import Path
-
-from formats import Item, csv_rows, find, skip_if_bad, write_csv
+from formats import Item, csv_rows, find, skip_if_bad
+from text import vocabulary_rows
 
 FILES = ("train.csv", "valid.csv", "test_labels.csv")
-FOLDERS = {"train": "train", "validate": "valid", "test": "test"}
 GET = "https://stanfordmlgroup.github.io/competitions/chexpert"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "frontal", 390
-LABELS = {  # in the order of the csv: what phantom.py draws for each
-    "No Finding": set(), "Enlarged Cardiomediastinum": set(), "Cardiomegaly": {"cardiomegaly"},
-    "Lung Opacity": {"opacity"}, "Lung Lesion": {"nodule", "mass"}, "Edema": {"edema"},
-    "Consolidation": {"consolidation"}, "Pneumonia": {"pneumonia"}, "Atelectasis": {"atelectasis"},
-    "Pneumothorax": {"pneumothorax"}, "Pleural Effusion": {"effusion"}, "Pleural Other": set(),
-    "Fracture": {"fracture"}, "Support Devices": {"tube"}}
+# {label: the pathologies that phantom.py draws for it}, in the order of the csv
+LABELS = {row["label"]: row["drawn"].split(" or ") for row in vocabulary_rows("chexpert")}
 VALUE = {"1.0": 1, "0.0": 0, "-1.0": -1, "1": 1, "0": 0, "-1": -1,  # of a cell
          "": 0}  # not mentioned counts as absent, as is customary
+RELEASE = "CheXpert-v1.0-small"  # of the phantoms
+TABLES = {f"{RELEASE}/{table}": "Path," + ",".join(LABELS) for table in FILES}
 
 
 def label_values(row):
@@ -49,23 +45,19 @@ def read(root, views, labels, problems):
 def said(mentions):
     """A labeller's csv cells for a report, by label. mentions: {pathology: 1, 0 or -1}."""
     cells = {}
-    for label, looks in LABELS.items():
-        values = {mentions[pathology] for pathology in looks & mentions.keys()}
+    for label, drawn in LABELS.items():
+        values = [mentions.get(pathology) for pathology in drawn]
         cells[label] = next((f"{value}.0" for value in (1, -1, 0) if value in values), "")
     if not {cells[label] for label in cells if label != "Support Devices"} & {"1.0", "-1.0"}:
         cells["No Finding"] = "1.0"
     return cells
 
 
-def write(root, films, draw):
-    root, rows = Path(root, "CheXpert-v1.0-small"), {split: [] for split in FOLDERS}
-    for f in films:
-        study = f"{FOLDERS[f.split]}/patient{f.patient + 1:05d}/study{f.visit + 1}"
-        f.image = f"{root}/{study}/view1_frontal.jpg"
-    for f in draw(films):
-        # a radiologist sees what is drawn
-        seen = f.mentions if f.split == "train" else dict.fromkeys(f.pathologies, 1)
-        path = Path(f.image).relative_to(root.parent)
-        rows[f.split].append((path, *said(seen).values()))
-    for table, listed in zip(FILES, rows.values()):
-        write_csv(root / table, "Path," + ",".join(LABELS), listed)
+def write(root, f):
+    folder = {"train": "train", "validate": "valid", "test": "test"}[f.split]
+    study = f"{RELEASE}/{folder}/patient{f.patient + 1:05d}/study{f.visit + 1}"
+    f.draw(f"{root}/{study}/view1_frontal.jpg")
+    table = "test_labels.csv" if f.split == "test" else f"{folder}.csv"
+    # a radiologist sees what is drawn
+    seen = f.mentions if f.split == "train" else dict.fromkeys(f.pathologies, 1)
+    return [(f"{RELEASE}/{table}", f"{study}/view1_frontal.jpg", *said(seen).values())]

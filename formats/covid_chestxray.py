@@ -13,10 +13,11 @@ masks are large, so a fixed box scores well: compare with the trivial answers.
 import collections
 from pathlib import Path
 
-from formats import Item, Mask, csv_rows, skip_if_bad, write_csv
+from formats import Item, Mask, csv_rows, skip_if_bad
 
 FILES = ("metadata.csv",)
 GET = "git clone https://github.com/ieee8023/covid-chestxray-dataset"
+TABLES = {"metadata.csv": "patientid,finding,view,modality,filename,clinical_notes"}
 SHARES, VIEWS, SIZE = (0.6, 0.1), "frontal", 448
 FRONTAL = ("PA", "AP", "AP Supine")
 LABELS = ["COVID-19", "Pneumonia", "No Finding"]
@@ -64,18 +65,12 @@ def read(root, views, labels, problems):
                        absent=("consolidation", "opacity") if stem in drawn else ())
 
 
-def write(root, films, draw):
-    for f in films:
-        f.sure = ("opacity", 0.6)  # the sign of COVID-19 that phantoms have
-        f.image = f"{root}/images/{f.index}.png"
-        if f.index % 2 == 0:
-            f.lungs = f"{root}/annotations/lungVAE-masks/{f.index}_mask.png"
-    rows = []
-    for f in draw(films):
-        disease = "Pneumonia" if f.findings else "No Finding"
-        if "opacity" in f.pathologies:
-            disease = "Pneumonia/Viral/COVID-19"
-        said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
-        rows.append((f.patient, disease, f.view, "X-ray", Path(f.image).name, said))
-    write_csv(f"{root}/metadata.csv", "patientid,finding,view,modality,filename,clinical_notes",
-              rows)
+def write(root, f):
+    lungs = f"{root}/annotations/lungVAE-masks/{f.index}_mask.png" if f.index % 2 == 0 else ""
+    # the sign of COVID-19 that phantoms have is an opacity
+    f.draw(f"{root}/images/{f.index}.png", lungs=lungs, sure=("opacity", 0.6))
+    disease = "Pneumonia" if f.findings else "No Finding"
+    if "opacity" in f.pathologies:
+        disease = "Pneumonia/Viral/COVID-19"
+    said = f.sections.get("FINDINGS", "") + " " + f.sections.get("IMPRESSION", "")
+    return [("metadata.csv", f.patient, disease, f.view, "X-ray", f"{f.index}.png", said)]

@@ -7,17 +7,15 @@
 Traps: patient ids of V8 hold spaces (COVID 1); source and class go together, so a model can tell
 the hospital instead of the disease.
 """
-from formats import Item, find, skip_if_bad, write_text
+from formats import Item, find, skip_if_bad
+from text import DEFINITIONS
 
 FILES = ("test*.txt",)
+TABLES = {"train.txt": "", "val.txt": "", "test.txt": ""}  # without a header
 GET = "https://www.kaggle.com/datasets/andyczhao/covidx-cxr2"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 256
 LABELS = ["COVID-19"]
-PAPER_PROMPT = (  # the published run asks for COVID-19 by these words (Sec. IV-A)
-    "COVID-19, caused by the SARS-CoV-2 virus, primarily affects the respiratory system and can be "
-    "identified on chest X-rays by characteristic bilateral, peripheral ground-glass opacities. "
-    "These radiographic findings are most commonly seen in the lower lobes of the lungs and can "
-    "progress to multifocal consolidation as the disease advances.")
+PAPER_PROMPT = DEFINITIONS["COVID-19 in the paper"]  # of the published run (Sec. IV-A)
 CLASSES = {"positive": 1, "negative": 0}
 FOLDERS = {"train": "train", "validate": "val", "test": "test"}
 
@@ -32,13 +30,8 @@ def read(root, views, labels, problems):
                 yield Item(name, f"{folder}/{name}", patient, split, (CLASSES[kind],))
 
 
-def write(root, films, draw):
-    lists = dict.fromkeys(FOLDERS.values(), "")
-    for f in films:
-        f.sure = ("opacity", 0.5)  # the sign of COVID-19 that phantoms have
-        f.image = f"{root}/{FOLDERS[f.split]}/{f.patient}-{f.visit}.png"
-    for f in draw(films):
-        kind = "positive" if "opacity" in f.pathologies else "negative"
-        lists[FOLDERS[f.split]] += f"{f.patient} {f.patient}-{f.visit}.png {kind} ricord\n"
-    for folder, lines in lists.items():
-        write_text(f"{root}/{folder}.txt", lines)
+def write(root, f):
+    folder, name = FOLDERS[f.split], f"{f.patient}-{f.visit}.png"
+    f.draw(f"{root}/{folder}/{name}", sure=("opacity", 0.5))
+    kind = "positive" if "opacity" in f.pathologies else "negative"
+    return [(f"{folder}.txt", f"{f.patient} {name} {kind} ricord")]

@@ -17,13 +17,19 @@ from pathlib import Path
 import numpy as np
 
 from cli import InputError
-from formats import Item, Mask, csv_rows, find, skip_if_bad, write_csv
+from formats import Item, Mask, csv_rows, find, skip_if_bad
 from formats.chexpert import LABELS, label_values, said
 from text import PATHOLOGIES
 
 FILES = ("mimic-cxr-2.0.0-split.csv",)
 GET = "https://physionet.org/content/mimic-cxr-jpg, its reports /content/mimic-cxr (credentialed)"
 SHARES, VIEWS, SIZE = (0.8, 0.1), "all", 64   # the published run took all views
+TABLES = {
+    "boxes.csv": "dicom_id,finding,pathology,anatomy,x,y,width,height",
+    "mimic-cxr-2.0.0-chexpert.csv.gz": "study_id," + ",".join(LABELS),
+    "mimic-cxr-2.0.0-metadata.csv.gz": "dicom_id,ViewPosition,Rows,Columns",
+    # the split file comes last: a folder without it was not finished
+    "mimic-cxr-2.0.0-split.csv.gz": "dicom_id,study_id,subject_id,split"}
 
 
 def read_labels(root, labels, problems):
@@ -63,26 +69,14 @@ def read(root, views, labels, problems):
                            masks=tuple(masks), absent=PATHOLOGIES if boxes else (), truth=truth)
 
 
-def write(root, films, draw):
-    for f in films:
-        patient = str(10_000_000 + f.patient * 7_654_321 % 9_999_991)  # in no visible order
-        study = str(50_000_000 + f.index * 7_654_321 % 9_999_991)
-        name = np.random.default_rng([2, f.index]).bytes(20).hex("-", 4)
-        folder = f"{root}/files/p{patient[:2]}/p{patient}"
-        f.image, f.report = f"{folder}/s{study}/{name}.jpg", f"{folder}/s{study}.txt"
-        f.bits = f"{root}/masks/{name}.png"
-    boxes, values, views, splits = [], [], [], []
-    for f in draw(films):
-        name, report = Path(f.image).stem, Path(f.report)
-        study, patient = report.stem[1:], report.parent.name[1:]
-        for k, finding in enumerate(f.findings):
-            boxes.append((name, k, finding.pathology, finding.anatomy, *finding.box))
-        values.append((study, *said(f.mentions).values()))
-        views.append((name, f.view, f.size, f.size))
-        splits.append((name, study, patient, f.split))
-    release = f"{root}/mimic-cxr-2.0.0"
-    write_csv(f"{root}/boxes.csv", "dicom_id,finding,pathology,anatomy,x,y,width,height", boxes)
-    write_csv(f"{release}-chexpert.csv.gz", "study_id," + ",".join(LABELS), values)
-    write_csv(f"{release}-metadata.csv.gz", "dicom_id,ViewPosition,Rows,Columns", views)
-    # the split file comes last: a folder without it was not finished
-    write_csv(f"{release}-split.csv.gz", "dicom_id,study_id,subject_id,split", splits)
+def write(root, f):
+    patient = str(10_000_000 + f.patient * 7_654_321 % 9_999_991)  # in no visible order
+    study = str(50_000_000 + f.index * 7_654_321 % 9_999_991)
+    name = np.random.default_rng([2, f.index]).bytes(20).hex("-", 4)
+    path = f"{root}/files/p{patient[:2]}/p{patient}/s{study}"
+    f.draw(f"{path}/{name}.jpg", f"{path}.txt", f"{root}/masks/{name}.png")
+    boxes = [("boxes.csv", name, k, found.pathology, found.anatomy, *found.box)
+             for k, found in enumerate(f.findings)]
+    return [*boxes, ("mimic-cxr-2.0.0-chexpert.csv.gz", study, *said(f.mentions).values()),
+            ("mimic-cxr-2.0.0-metadata.csv.gz", name, f.view, f.size, f.size),
+            ("mimic-cxr-2.0.0-split.csv.gz", name, study, patient, f.split)]

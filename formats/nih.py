@@ -10,9 +10,8 @@ Traps: the header "Bbox [x,y,w,h]" is four columns; the box file says Infiltrate
 The loader takes validate from the train_val_list, by patient.
 """
 import collections
-from pathlib import Path
 
-from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad, write_csv, write_text
+from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad
 
 FILES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")  # Box; Kaggle
 GET = "https://nihcc.app.box.com/v/ChestXray-NIHCC"
@@ -20,6 +19,8 @@ SHARES, VIEWS, SIZE = (0.7, 0.1), "all", 1024  # boxes are in pixels of this siz
 LABELS = ["Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
           "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
           "Hernia"]
+TABLES = {"Data_Entry_2017_v2020.csv": "Image Index,Finding Labels,Patient ID",
+          "BBox_List_2017.csv": "Image Index,Finding Label,Bbox [x,y,w,h],,,", "test_list.txt": ""}
 
 
 def read(root, views, labels, problems):
@@ -42,22 +43,17 @@ def read(root, views, labels, problems):
                        masks=tuple(boxes[name]))
 
 
-def write(root, films, draw):
-    for f in films:
-        f.image = f"{root}/images/{f.patient + 1:08d}_{f.visit:03d}.png"
-    entries, boxes, tests = [], [], []
-    for f in draw(films):
-        name, found = Path(f.image).name, set()
-        for finding in f.findings:
-            label = finding.pathology.capitalize().replace("Opacity", "Infiltration")
-            found.add(label)
-            if f.split == "test" and label in LABELS:
-                sides = [side * SIZE / f.size for side in finding.box]
-                boxes.append((name, label.replace("Infiltration", "Infiltrate"), *sides))
-        if f.split == "test":
-            tests.append(name)
-        labels = [label for label in LABELS if label in found] or ["No Finding"]
-        entries.append((name, "|".join(labels), f.patient + 1))
-    write_csv(f"{root}/Data_Entry_2017_v2020.csv", "Image Index,Finding Labels,Patient ID", entries)
-    write_csv(f"{root}/BBox_List_2017.csv", "Image Index,Finding Label,Bbox [x,y,w,h],,,", boxes)
-    write_text(f"{root}/test_list.txt", "\n".join(tests))
+def write(root, f):
+    name, labels, rows = f"{f.patient + 1:08d}_{f.visit:03d}.png", set(), []
+    f.draw(f"{root}/images/{name}")
+    for finding in f.findings:
+        label = finding.pathology.capitalize().replace("Opacity", "Infiltration")
+        labels.add(label)
+        if f.split == "test" and label in LABELS:
+            sides = [side * SIZE / f.size for side in finding.box]
+            label = label.replace("Infiltration", "Infiltrate")
+            rows.append(("BBox_List_2017.csv", name, label, *sides))
+    if f.split == "test":
+        rows.append(("test_list.txt", name))
+    found = "|".join(label for label in LABELS if label in labels) or "No Finding"
+    return [*rows, ("Data_Entry_2017_v2020.csv", name, found, f.patient + 1)]

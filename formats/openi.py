@@ -15,20 +15,14 @@ from xml.etree import ElementTree
 
 from cli import InputError
 from formats import Item, csv_rows, find, paths_by_stem, skip_if_bad, write_text
+from text import vocabulary_rows
 
 FILES = ("ecgen-radiology", "NLMCXR_reports*.tgz")
 GET = "https://openi.nlm.nih.gov/faq (NLMCXR_reports.tgz, NLMCXR_png.tgz)"
 SHARES, VIEWS, SIZE = (0.7, 0.1), "frontal", 512
-OPENI = {  # label: the index terms that stand for it
-    "Cardiomegaly": ["Cardiomegaly"], "Effusion": ["Pleural Effusion"],
-    "Atelectasis": ["Pulmonary Atelectasis"], "Opacity": ["Opacity"], "Pneumonia": ["Pneumonia"],
-    "Nodule": ["Nodule"], "Mass": ["Mass"], "Calcification": ["Calcinosis"],
-    "Congestion": ["Pulmonary Congestion"], "Edema": ["Pulmonary Edema"],
-    "Consolidation": ["Consolidation"], "Infiltrate": ["Infiltrate"], "Scar": ["Cicatrix"],
-    "Emphysema": ["Emphysema", "Pulmonary Emphysema", "Bullous Emphysema"],
-    "Pneumothorax": ["Pneumothorax", "Hydropneumothorax"],
-    "Fracture": ["Fractures, Bone"], "Hernia": ["Hernia, Hiatal"]}
-LABELS = list(OPENI)
+# {label: the index terms that stand for it}
+OPENI = {row["label"]: row["terms"].split(" or ") for row in vocabulary_rows("openi")}
+LABELS, TABLES = list(OPENI), {}
 
 
 def xml_files(root):
@@ -74,18 +68,17 @@ def read(root, views, labels, problems):
                            "", values, note=report["report"])
 
 
-def write(root, films, draw):
-    for f in films:
-        f.image = f"{root}/NLMCXR_png/CXR{f.index + 1}_IM-{f.index + 1:04d}-1001.png"
-    for f in draw(films):
-        lines = [f'<eCitation><uId id="CXR{f.index + 1}"/>',
-                 f'<parentImage id="{Path(f.image).stem}"/>']
-        for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
-            said = html.escape(f.sections.get(part, "").replace("___", "XXXX"))
-            lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
-        stated = [found for found in f.findings if f.mentions.get(found.pathology) == 1]
-        for found in stated:
-            term = OPENI.get(found.pathology.capitalize(), [found.pathology])[0]
-            lines.append(f"<major>{term}/{found.anatomy.replace('_', ' ')}</major>")
-        lines.append("</eCitation>" if stated else "<major>normal</major></eCitation>")
-        write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join(lines))
+def write(root, f):
+    name = f"CXR{f.index + 1}_IM-{f.index + 1:04d}-1001"
+    f.draw(f"{root}/NLMCXR_png/{name}.png")
+    lines = [f'<eCitation><uId id="CXR{f.index + 1}"/>', f'<parentImage id="{name}"/>']
+    for part in ("COMPARISON", "INDICATION", "FINDINGS", "IMPRESSION"):
+        said = html.escape(f.sections.get(part, "").replace("___", "XXXX"))
+        lines.append(f'<AbstractText Label="{part}">{said}</AbstractText>')
+    stated = [found for found in f.findings if f.mentions.get(found.pathology) == 1]
+    for found in stated:
+        term = OPENI.get(found.pathology.capitalize(), [found.pathology])[0]
+        lines.append(f"<major>{term}/{found.anatomy.replace('_', ' ')}</major>")
+    lines.append("</eCitation>" if stated else "<major>normal</major></eCitation>")
+    write_text(f"{root}/ecgen-radiology/{f.index + 1}.xml", "\n".join(lines))
+    return []

@@ -9,15 +9,15 @@ and nothing else, or its id says cxr. Labels come from the captions (data.py). T
 figure, so figures of one article may lie in train and test; some images are lateral or have arrows.
 """
 import re
-from pathlib import Path
 
-from formats import Item, csv_rows, paths_by_stem, skip_if_bad, write_csv
+from formats import Item, csv_rows, paths_by_stem, skip_if_bad
 
 FILES = ("train_captions.csv", "test_captions.csv")
 GET = "https://zenodo.org/records/10821435"
 SHARES, VIEWS, SIZE = (0.9, 0.1), "all", 320
 LABELS = []
 FOLDERS = {"train": "train", "validate": "valid", "test": "test"}
+TABLES = {f"{folder}_captions.csv": "ID,Caption" for folder in FOLDERS.values()}
 PLAIN_XRAY, CHEST = "C1306645", "C0817096"
 FILM = re.compile(r"\b(chest|thora\w+)\W+(\w+\W+){0,3}(x.?ray|radiogra|roentgen|film)|\bcxr|"
                   r"(x.?ray|radiogra\w+|roentgeno\w+|film)s?\W+(\w+\W+){0,3}(chest|thora)", re.I)
@@ -43,13 +43,9 @@ def read(root, views, labels, problems):
                     yield Item(name, path, name, split, (), note=caption)
 
 
-def write(root, films, draw):
-    rows = {folder: [] for folder in FOLDERS.values()}
-    for f in films:
-        folder = FOLDERS[f.split]
-        f.image = f"{root}/{folder}/ROCOv2_2023_{folder}_{f.index + 1:06d}.jpg"
-    for f in draw(films):
-        said = f.sections.get("IMPRESSION") or f.sections.get("FINDINGS", "")
-        rows[FOLDERS[f.split]].append((Path(f.image).stem, f"Chest X-ray. {said}"))
-    for folder, captions in rows.items():
-        write_csv(f"{root}/{folder}_captions.csv", "ID,Caption", captions)
+def write(root, f):
+    folder = FOLDERS[f.split]
+    name = f"ROCOv2_2023_{folder}_{f.index + 1:06d}"
+    f.draw(f"{root}/{folder}/{name}.jpg")
+    said = f.sections.get("IMPRESSION") or f.sections.get("FINDINGS", "")
+    return [(f"{folder}_captions.csv", name, f"Chest X-ray. {said}")]

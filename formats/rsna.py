@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad, write_csv
+from formats import Item, box, csv_rows, find, paths_by_stem, skip_if_bad
 
 FILES = ("stage_2_train_labels.csv", "*rsna*test*.csv", "test.csv")
 GET = "kaggle competitions download -c rsna-pneumonia-detection-challenge"
 SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # boxes and masks are of this size
 LABELS = ["Pneumonia"]
+TABLES = {"stage_2_train_labels.csv": "patientId,x,y,width,height,Target"}
 
 
 def read(root, views, labels, problems):
@@ -59,21 +60,12 @@ def save_dicom(film, image):
     file.PixelData = pydicom.encaps.encapsulate([jpeg.getvalue()])
     file.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
     file.SOPInstanceUID = f"1.2.276.0.7230010.3.1.4.{film.index}"
-    file.save_as(film.image, enforce_file_format=True)
+    file.save_as(film.path, enforce_file_format=True)
 
 
-def write(root, films, draw):
-    for f in films:
-        name = f"{f.index:08x}-0000-4000-8000-{f.patient:012x}"
-        f.image = f"{root}/stage_2_train_images/{name}.dcm"
-        f.sure = ("pneumonia", 0.15)
-    rows = []
-    for f in draw(films):
-        name, negative = Path(f.image).stem, True
-        for finding in f.findings:
-            if finding.pathology in ("pneumonia", "opacity", "consolidation"):
-                rows.append((name, *(side * SIZE / f.size for side in finding.box), 1))
-                negative = False
-        if negative:
-            rows.append((name, "", "", "", "", 0))
-    write_csv(f"{root}/stage_2_train_labels.csv", "patientId,x,y,width,height,Target", rows)
+def write(root, f):
+    name, table = f"{f.index:08x}-0000-4000-8000-{f.patient:012x}", "stage_2_train_labels.csv"
+    f.draw(f"{root}/stage_2_train_images/{name}.dcm", sure=("pneumonia", 0.15))
+    rows = [(table, name, *(side * SIZE / f.size for side in found.box), 1) for found in f.findings
+            if found.pathology in ("pneumonia", "opacity", "consolidation")]
+    return rows or [(table, name, "", "", "", "", 0)]

@@ -11,16 +11,16 @@ An RLE is pairs: the gap since the last run, the length of this run; it goes dow
 holds for Kaggle's files beside it; patients are unknown.
 """
 import collections
-from pathlib import Path
 
 import numpy as np
 
-from formats import Item, Mask, csv_rows, paths_by_stem, skip_if_bad, write_csv
+from formats import Item, Mask, csv_rows, paths_by_stem, skip_if_bad
 
 FILES = ("stage_2_train.csv", "*train-rle.csv", "stage_1_train_images.csv")
 GET = "https://www.kaggle.com/c/siim-acr-pneumothorax-segmentation"
 SHARES, VIEWS, SIZE = (0.7, 0.15), "all", 1024  # masks are of this size
 LABELS = ["Pneumothorax"]
+TABLES = {"train-rle.csv": "ImageId, EncodedPixels"}
 
 
 def rle_mask(rle):
@@ -62,13 +62,8 @@ def encode(mask):
     return " ".join(map(str, np.diff(edges, prepend=0)))
 
 
-def write(root, films, draw):
-    for f in films:
-        name = f"1.2.276.0.7230010.3.1.4.{f.index}"
-        f.image = f"{root}/dicom-images-train/{name}.1/{name}.2/{name}.dcm"
-        f.sure = ("pneumothorax", 0.2)
-    rows = []
-    for f in draw(films):
-        rles = [encode(found.mask) for found in f.findings if found.pathology == "pneumothorax"]
-        rows += [(Path(f.image).stem, f" {rle}") for rle in rles or ["-1"]]
-    write_csv(f"{root}/train-rle.csv", "ImageId, EncodedPixels", rows)
+def write(root, f):
+    name = f"1.2.276.0.7230010.3.1.4.{f.index}"
+    f.draw(f"{root}/dicom-images-train/{name}.1/{name}.2/{name}.dcm", sure=("pneumothorax", 0.2))
+    rles = [encode(found.mask) for found in f.findings if found.pathology == "pneumothorax"]
+    return [("train-rle.csv", name, f" {rle}") for rle in rles or ["-1"]]

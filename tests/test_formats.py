@@ -7,16 +7,18 @@ import shutil
 import tarfile
 import zipfile
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import phantom
 from cli import InputError
 from conftest import ROOT
 from formats import PATHOLOGY, Mask, covid_chestxray, csv_rows, write_text
 from formats.images import decode_rle, read_mask
 from formats.items import FORMATS, find_root, read_items, settle_splits
-from phantom import make_and_save, plan
+from phantom import lay_out, plan
 from text import PATHOLOGIES
 
 REAL = ROOT.parent / "shared/real/labels"
@@ -48,16 +50,17 @@ LAYOUTS = {  # a label of the data set, and the findings that it stands for
 
 
 @pytest.mark.parametrize("dataset", LAYOUTS)
-def test_what_is_written_is_read(dataset, tmp_path):
+def test_what_is_written_is_read(dataset, tmp_path, monkeypatch):
     films = plan(30, 0, 64, 0.27, "easy")
-    FORMATS[dataset].write(str(tmp_path), films, lambda films: map(make_and_save, films))
+    monkeypatch.setattr(phantom, "plan", lambda *_: films)
+    phantom.write(dataset, str(tmp_path), 30, workers=0)
     root = find_root(dataset, tmp_path)
     names, items, problems = read(dataset, root, FORMATS[dataset].VIEWS)
     item_of = {f"{root}/{item.path}": item for item in items.values()}
     assert len(items) == 30 and not problems
     label, findings = LAYOUTS[dataset]
     for f in films:
-        item, drawn = item_of[f.image], f.pathologies
+        item, drawn = item_of[f.path], f.pathologies
         by_report = dataset in ("synthetic", "openi")
         if by_report or dataset == "chexpert" and f.split == "train":
             drawn = {pathology for pathology, value in f.mentions.items() if value == 1}
@@ -68,7 +71,7 @@ def test_what_is_written_is_read(dataset, tmp_path):
             boxes = [[side / 64 for side in found.box] for found in f.findings]
             assert all(list(mask.place) in boxes for mask in item.masks)
         if dataset == "synthetic":
-            assert f.report.endswith(item.report) and f.bits.endswith(f"masks/{item.id}.png")
+            assert Path(root, item.report).read_text() == lay_out(f.sections)
             assert item.truth == tuple((found.pathology, found.anatomy) for found in f.findings)
             masks = [read_mask(root, mask) for mask in item.masks]
             assert np.array_equal(masks, [found.mask for found in f.findings])
@@ -106,8 +109,7 @@ def test_mimic_label_files_views_and_bad_rows(tmp_path):
     fill(tmp_path, {
         "mimic-cxr-2.0.0-split.csv.gz": "dicom_id,study_id,subject_id,split\na,51,1012,train\n"
         "b,52,1012,train\nc,53,1012,trian\nd,54,1012,test\ne\n",
-        "mimic-cxr-2.0.0-metadata.csv": "dicom_id,ViewPosition,Rows,Columns\na,PA,9,9\nb,LL,9,9\n"
-        "c,AP,9,9\n",
+        "mimic-cxr-2.0.0-metadata.csv": "dicom_id,ViewPosition\na,PA\nb,LL\nc,AP\n",
         "mimic-cxr-2.0.0-negbio.csv": "study_id,Edema,Mass\n51,-1.0,1\n52,yes,\n",
         "mimic-cxr-2.1.0-test-set-labeled.csv": "study_id,Airspace Opacity\n51,1.0\n"})
     _, items, problems = read("mimic", tmp_path, labels="negbio")
@@ -186,16 +188,15 @@ def test_covidx_lines(tmp_path):
 
 
 def test_chexpert_paths_and_test_set(tmp_path):
-    view, blank = "patient1/study1/view", "," * 13 + "\n"
-    columns = ",".join(FORMATS["chexpert"].LABELS)
+    view, header = "patient1/study1/view", "Path," + ",".join(FORMATS["chexpert"].LABELS)
     fill(tmp_path, {
-        "train.csv": f"Path,{columns}\nCheXpert-v1.0/train/{view}2_lateral.jpg,-1.0{blank}"
-        f"CheXpert-v1.0/train/{view}3_frontal.jpg,maybe{blank}CheXpert,1.0{blank}",
-        "valid.csv": f"Path,{columns}\nCheXpert-v1.0/valid/{view}1_frontal.jpg,0.0{blank}"})
+        "train.csv": f"{header}\nCheXpert-v1.0/train/{view}2_lateral.jpg,-1.0\n"
+        f"CheXpert-v1.0/train/{view}3_frontal.jpg,maybe\nCheXpert,1.0\n",
+        "valid.csv": f"{header}\nCheXpert-v1.0/valid/{view}1_frontal.jpg,0.0\n"})
     _, items, problems = read("chexpert", tmp_path)
     assert [(i.path, i.split, i.labels[0]) for i in items.values()] == [
         (f"train/{view}2_lateral.jpg", "train", -1), (f"valid/{view}1_frontal.jpg", "test", 0)]
-    fill(tmp_path, {"test_labels.csv": f"Path,{columns}\ntest/{view}1_frontal.jpg,1{blank}"})
+    fill(tmp_path, {"test_labels.csv": f"{header}\ntest/{view}1_frontal.jpg,1\n"})
     _, items, _ = read("chexpert", tmp_path, "frontal")
     assert [(i.path, i.split, i.labels[0]) for i in items.values()] == [
         (f"valid/{view}1_frontal.jpg", "validate", 0), (f"test/{view}1_frontal.jpg", "test", 1)]

@@ -6,6 +6,7 @@ import collections
 import filecmp
 import functools
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -14,17 +15,20 @@ from scipy.ndimage import binary_dilation
 import phantom
 from cli import InputError
 from formats.chest import HELD_OUT, LOOKS, draw_film
-from phantom import Finding, choose_findings, lay_out, make, plan
+from formats.images import read_image
+from phantom import Finding, choose_findings, lay_out, plan
 from reports import extract_triplets
 
 
 @functools.cache
 def drawn(count, world):
-    """[(film, image, masks)] with findings and reports, nothing written."""
+    """[(film, image, {finding: mask})]"""
     films = []
-    for film in plan(count, 7, 64, 0.27, world):
-        image, masks, _ = make(film)
-        films.append((film, image, masks))
+    with tempfile.TemporaryDirectory() as folder:
+        for film in plan(count, 7, 64, 0.27, world):
+            film.draw(f"{folder}/film.png")
+            masks = {(found.pathology, found.anatomy): found.mask for found in film.findings}
+            films.append((film, read_image(film.path), masks))
     return films
 
 

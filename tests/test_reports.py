@@ -72,18 +72,14 @@ def test_a_sentence_and_all_that_it_says(sentence, said):
     assert {triplet[:3] for triplet in extract_triplets(sentence, buckets=False)} == expected
 
 
-@pytest.mark.parametrize("header, is_read", [
-    ("IMPRESSON", True), ("FINDINGS AND IMPRESSION", True), ("Findings", True), ("LUNGS", True),
-    ("CHEST, TWO VIEWS", True), ("COMPARISON", False), ("WET READ", False)])
-def test_headers_in_all_spellings(header, is_read):
-    report = f" HISTORY: Mass.\n FINDINGS: Effusion.\n {header}:  Clear lungs.\n"
-    assert any("Clear lungs." in sentence for sentence in sentences(report)) == is_read
-
-
 @pytest.mark.parametrize("report, said", [
     (PAGE, ["There is no focal consolidation, pleural effusion or pneumothorax.",
             "The heart is enlarged.", "No acute cardiopulmonary process.",
             "Cardiomegaly, 2.5 cm more than on ___."]),
+    ("FINDINGS: Scar.\n IMPRESSON: Edema.\n", ["Scar.", "Edema."]),
+    ("FINDINGS: Scar.\n FINDINGS AND IMPRESSION:  Edema.\n", ["Scar.", "Edema."]),
+    ("FINDINGS: Scar.\n LUNGS: Edema.\n COMPARISON: Mass.\n", ["Scar.", "LUNGS: Edema."]),
+    ("Findings: Scar.\n WET READ: Mass.\n CHEST, TWO VIEWS: Edema.\n", ["Edema."]),
     (" IMPRESSION: Edema.\n \n IMPRESSION: No edema.\n \n FINDINGS: \n \n", ["No edema."]),
     (" FINAL REPORT\n HISTORY:  Mass.\n \n Effusion.\n It is new.\n \n No edema.\n",
      ["Effusion.", "It is new.", "No edema."]),
