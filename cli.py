@@ -72,6 +72,8 @@ def atomic(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield draft
         os.replace(draft, path)
+    except BrokenPipeError:  # of our output, not of this file
+        raise
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}); what was saved before is kept")
     finally:

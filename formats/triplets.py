@@ -1,5 +1,5 @@
-"""Triplets of reports: by the rules from their text, or as RadGraph's JSON or the published matrix
-have them. What the rules gave is kept beside the prepared images.
+"""Triplets of reports: by the rules from their text, or from RadGraph's JSON or the published
+matrix. What the rules gave is kept beside the prepared images.
 """
 import hashlib
 import json
@@ -28,7 +28,7 @@ def read_report(root, item):
 
 
 def read_reports(root, items, folder, source, workers):
-    """{item id: its `definite` triplets}, nothing or None where there is no report. source: "rules",
+    """{item id: its `definite` triplets}, nothing or None where there is no report. source: rules,
     a RadGraph file, or the folder of the published matrix and train.json."""
     if source != "rules":
         return look_up(items, source)
