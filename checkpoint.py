@@ -172,7 +172,7 @@ def has_icl(model):
 
 def ask(args, model, images, rows, texts, pick):
     """{name: array} of what `pick` takes out of the model's output as {name: tensor}, for rows of
-    images uint8 [N,S,S]. In fp32: with bf16 the answers would depend on the batch size."""
+    images uint8 [N,S,S]. Only train.py asks in less than fp32: bf16 depends on the batch size."""
     parts = []
     for start in range(0, len(rows), args.batch_size):
         batch = torch.from_numpy(images[rows[start:start + args.batch_size]]).to(texts[0].device)

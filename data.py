@@ -63,7 +63,7 @@ class Table:
         self.reports = [reports.get(item.id) for item in items]  # lists: 0.7 GB for MIMIC
         self.has_report = np.array([bool(triplets) for triplets in self.reports])
         self.known = {t[0] for triplets in self.reports for t in triplets or ()}  # pathologies
-        self.hidden = set()  # left out, also of the bucket of rare findings: train.py --hold-out
+        self.hidden = set()  # pathologies that count nowhere, not even as rare: train.py --hold-out
         self.label_names, present = list(FORMATS[dataset].LABELS), []  # present: sets of names
         if dataset == "synthetic":  # by what is in the film, whatever its report says
             present = [{pathology for pathology, _ in item.truth} for item in items]
@@ -143,7 +143,7 @@ def load(dataset, root=None, size=256, cache_dir=None, views=None, labels="chexp
         draw_synthetic(root, workers)
     root = find_root(dataset, root)
     items, problems = read_items(dataset, root, views or FORMATS[dataset].VIEWS, labels)
-    # other images (another download, other views) or other pixels: another folder
+    # other images (another download, other views), size or equalisation: another folder
     digest = hashlib.sha256("\n".join(item.id for item in items).encode()).hexdigest()[:8]
     equalize = equalize and any(item.path.lower().endswith(DICOM) for item in items)
     kind = "-eq" if equalize else ""
@@ -212,7 +212,7 @@ def can_mirror(triplets, anatomies):
 
 
 class Batches(Dataset):
-    """Training batches by global step number: step s is the same batch whenever it is asked for.
+    """Training batches by global step number, over all epochs: step s is always the same batch.
 
     {"images" uint8 [B,size,size], "existence" int8 [B,n,m]}. Use with
     DataLoader(batches, batch_size=None, sampler=range(first_step, last_step)).
@@ -263,7 +263,7 @@ class Batches(Dataset):
 # -------------------------------------------------------------------------------------- the command
 
 def add_data_flags(parser):
-    """The flags that every script shares; `load_from_args` reads them."""
+    """The flags of all scripts that load data; `load_from_args` reads them."""
     g = parser.add_argument_group("data")
     g.add_argument("--root", help="the data as downloaded (data/<dataset>)")
     g.add_argument("--cache-dir", help="where prepared images go (inside the root)")

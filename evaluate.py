@@ -52,17 +52,18 @@ def parse_args(argv=None):
                    help="all: Table VI's full data set")
     p.add_argument("--protocol", default="honest", choices=["honest", "published"],
                    help="published: says which scores are the paper's, and uses its covidx prompt")
-    p.add_argument("--limit", type=number(int, 1), help="only the first N images of each split")
+    p.add_argument("--limit", type=number(int, 1), help="only the first N images of a split")
     p.add_argument("--image", default="", metavar="FILE", help="a radiograph, for predict")
     p.add_argument("--prompt", help="asks in your words for the one label without a stored query")
     p.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
     p.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
     p.add_argument("--attention", default="own", choices=["own", "pathology"],
-                   help="own: the evidence, if the model has it; pathology: the paper's maps")
+                   help="own: the evidence, if the model has it; pathology: the "
+                   "paper's map, attention over heads and layers")
     add_flags(p)
     p.set_defaults(batch_size=64)
     args = p.parse_args(argv)
-    if (args.protocol, args.task, args.dataset) == ("published", "classification", "covidx"):
+    if args.protocol == "published" and args.task == "classification" and args.dataset == "covidx":
         args.prompt = args.prompt or covidx.PAPER_PROMPT
     return args
 
@@ -92,7 +93,7 @@ def classification(args, model, table, rows):
     names = np.array(table.label_names)                                         # [L]
     if not len(names):
         raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
-    labels = dict(zip(table.label_names, table.label_pathologies))  # its name, or None, in text.py
+    labels = dict(zip(table.label_names, table.label_pathologies))  # of text.py, or None
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     # every stored query is asked, as queries look at each other; these columns are read
     asked = [columns[name] for name in labels]                                  # [L]
@@ -134,7 +135,7 @@ Finding = namedtuple("Finding", "row label film mask cells heat")
 
 
 def marks_of(table, rows):
-    """[(row, label, bool [S,S])]: what masks, or else boxes, locate in rows."""
+    """[(row, label, bool [S,S])]: what masks and boxes locate in rows."""
     marks = []
     for row in rows:
         for label in table.located(row):
@@ -184,7 +185,8 @@ def grounding(args, model, table, rows):
     print_table("", {**result["per_class"], **lines}, ("n", *metrics.SCORES))
     print(f"regions above {threshold:.2g} of the maximum (from {source}); worst class: "
           f"{result['worst']}\n")
-    print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()}, drops["4"])
+    print_table("logit falls without", {f"{k} cells": d for k, d in drops.items()},
+                ("map", "random", "mask"))
     result |= {"faithfulness": drops, "threshold": threshold, "threshold_from": source,
                "attention": args.attention, "not_trained_on": unseen}
     arrays = {"ids": [table.ids[f.row] for f in found], "label": names,
@@ -199,7 +201,7 @@ def faithfulness(args, model, found, texts, columns):
     """How far a finding's logit falls when the k cells of `metrics.deletions` are blurred. Means
     over findings, {"4": {"map": ...}}."""
     rng, size, drops = np.random.default_rng(args.seed), args.image_size, []
-    for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten passes each
+    for f in [found[i] for i in rng.permutation(len(found))[:200]]:  # ten images each
         film = data.to_input(torch.tensor(f.film)[None], size)[0]               # [3,size,size]
         blurred = gaussian_blur(film, 2 * (size // 4) + 1, size / 8)  # so that no lesion is left
         films = [film]  # the whole film first

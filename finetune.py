@@ -1,6 +1,6 @@
 """What is the encoder worth? A new head on it, from 1, 10 or 100 % of a data set (Table V).
 
-    for seed in 0 1 2; do python finetune.py --task segmentation --dataset siim --seed $seed; done
+    python finetune.py --task segmentation --dataset siim --seed 1 --out-dir out/1
     python finetune.py --task classification --dataset nih --init random --unfreeze
     python finetune.py --task classification --ratio 0.1    # phantoms; a minute, after train.py
 
@@ -202,7 +202,7 @@ class FineTuned(nn.Module):
 
 
 def loss_of(logits, targets):
-    """Cross-entropy over what is known; of masks also 1 - Dice over all images at once."""
+    """Cross-entropy over what is known; of masks also 1 - Dice over all given images at once."""
     known = targets >= 0
     loss = F.binary_cross_entropy_with_logits(logits[known], targets[known].float())
     if targets.dim() == 3:
@@ -315,7 +315,7 @@ def main(args):
     if model is not None:
         net.backbone.load_state_dict(model.backbone.state_dict())
     rate = torch.tensor(train.targets == 1).float().mean()  # of positives: there the head starts
-    last_layer = list(net.head.modules())[-1]
+    last_layer = net.head[-1] if args.task == "classification" else net.head.last
     nn.init.constant_(last_layer.bias, torch.logit(rate.clamp(0.001, 0.999)))
     net.to(args.device, memory_format=torch.channels_last).eval()  # the layout is faster in bf16
     if args.task == "classification" and not args.unfreeze:  # the same features in each epoch

@@ -4,8 +4,9 @@
     python -m pytest tests/test_losses.py     # each against a slow loop version of its equation
 
 y (`existence`) is [B,n,m]: 1 present, 0 denied, -1 not mentioned. By unmentioned="negative" a -1
-becomes 0 first; by "ignore" it is left out of Eqs. 2 and 6. In both cases ProtoCL may draw it as a
-negative: it draws from everything that is not present.
+becomes 0 first; by "ignore" it is left out of Eqs. 2 and 6, where an image label is -1 only if all
+its cells are. In both cases ProtoCL may draw it as a negative: it draws from everything that is not
+present.
 
 Differs from the paper:
 - ProtoCL compares Z_2 with the frozen text vectors themselves (as released); the paper's T have
@@ -81,9 +82,9 @@ def swap_loss(swapped_logits, existence):
     """ICL once more, with the streams of two films: not in the paper (`train.py --separate`).
 
     swapped_logits [B,n,m] relate film b's pathology embeddings to the anatomy embeddings of film
-    b - 1; existence [B,n,m] of the films themselves. A pair is present where the pathology is
-    anywhere in film b and something is at the anatomy in film b - 1. So an embedding gains nothing
-    by saying the other thing.
+    b - 1 (at least two films); existence [B,n,m] of the films themselves. A pair is present where
+    the pathology is anywhere in film b and something is at the anatomy in film b - 1. So a
+    pathology embedding gains nothing by also telling the place.
     """
     pathology, anatomy = image_labels(existence)                                # [B,m], [B,n]
     anatomy = anatomy.roll(1, 0)
@@ -101,7 +102,7 @@ def medslip_loss(out, existence, pathology_text, anatomy_text, alpha=1.0, beta=1
     none. swapped_logits [B,n,m] add the swap loss with weight `separate`. pathology_negatives
     [B,m,negatives] index anatomies, anatomy_negatives [B,n,negatives] pathologies. Returns {"loss",
     "existence", "protocl", "icl"}, of which the first holds the swap loss too; an alpha or beta of
-    0 still reports its part.
+    0 still reports its part (icl of a single stream means nothing).
     """
     if unmentioned == "negative":
         existence = existence.masked_fill(existence == -1, 0)

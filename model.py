@@ -7,6 +7,7 @@
 One letter per axis, here and in every other file:
     B images   m pathologies   n anatomies   h, w token grid   C backbone channels
     D embedding width   T text vector width   q queries of a stream (m or n)   k concepts, prompts
+    t tokens (h*w)      H, W pixels; evaluation has N images of S x S stored pixels, L labels
 
 Differs from the paper:
 - Eq. 6 puts the bare cosine of Eq. 5 through a sigmoid, which confines every probability to
@@ -21,8 +22,8 @@ Differs from the released code:
 - ICL has the paper's projections Z1; released: a plain dot product (`icl="dot"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
 - Each stream trains a last LayerNorm of its own; the two released streams share one.
-- Initial weights depend on the width of a layer and on the text vectors (`initialise`,
-  `fit_to_data`); released: a deviation of 0.02 in every linear layer.
+- Initial weights depend on the width of a layer, on the text vectors and on how often a label is
+  positive (`initialise`, `fit_to_data`); released: a deviation of 0.02 in every linear layer.
 """
 import math
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class MeDSLIPConfig:
     streams: str = "dual"       # dual | single (no mask, no anatomy stream: MedKLIP)
     mask: str = "sigmoid"       # sigmoid | linear | none | hard (0 or 1, straight-through)
     icl: str = "cosine"         # cosine (learned scale, bias) | bare (as printed) | dot (released)
-    existence: str = "embedding"  # embedding (paper, old checkpoints) | evidence
+    existence: str = "embedding"  # embedding (paper; files without it) | evidence
     proto_from: str = "queried"   # ProtoCL reads I_q: queried | dropped (after dropout: released)
 
 
@@ -161,7 +162,7 @@ class QueryLayer(nn.Module):
 
 
 class Stream(nn.Module):
-    """One stream, pathology or anatomy: tokens, query network, heads on the queried embeddings."""
+    """One stream, pathology or anatomy: tokens, query network, heads."""
 
     def __init__(self, config, channels):
         super().__init__()

@@ -88,7 +88,7 @@ def stem(word, known):
     """The word without its ending, if that is in `known`: opacities -> opacity."""
     for ending, replacement in ENDINGS:
         shorter = word.removesuffix(ending) + replacement
-        if word.endswith(ending) and shorter in known:  # else "pus" would lose its s
+        if word.endswith(ending) and shorter in known:  # "pu" is unknown: "pus" keeps its s
             return shorter
     return word
 

@@ -51,7 +51,7 @@ RECIPES = {  # flag: paper, released, ours. Where the paper is silent it gets th
     "alpha":       (1.0, 1.0, "preset"),                # Table II; preset: by the data, see below
     "beta":        (1.0, 1.0, "preset"),                # likewise
 }
-FULL_SIZE = dict(  # Table II, Sec. III-B; where they are silent as released. With any --recipe
+FULL_SIZE = dict(  # Table II, Sec. III-B; where they are silent as released. In any recipe
     epochs=100, batch_size=64, lr=1e-4, min_lr=1e-5, warmup_epochs=5.0, weight_decay=0.02,
     backbone="resnet50", image_size=224, dim=256, layers=4, heads=4, dropout=0.1, position="none",
     alpha=1.0, beta=1.0, crop=0.2, augment_ops=2, queries="published", pathologies=75, anatomies=51,
@@ -67,7 +67,7 @@ ROCO = FULL_SIZE | dict(  # captions, on one CPU core; with alpha 1 ProtoCL drow
     image_size=96, layers=1, dropout=0.0, alpha=0.1, crop=0.5, augment_ops=0, queries="corpus",
     text_encoder="hashing", pathologies=16, anatomies=24)
 FREE = ("resume max_steps out_dir root cache_dir workers device log_every save_every accumulate "
-        "compile").split()  # --resume may change these; accumulate, device: not exact
+        "compile").split()  # --resume may change these; the last two and device: not exact
 
 
 def parse_args(argv=None):
@@ -92,11 +92,11 @@ def parse_args(argv=None):
     g.add_argument("--dropout", type=number(float, 0, 0.99))
     g.add_argument("--position", choices=["none", "sincos"], help="embedding added to I^raw")
     g.add_argument("--start-from", metavar="FILE", help="copy all weights of FILE at step 0")
-    g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: by their width")
+    g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: from the data")
     g = p.add_argument_group("ablation (Table VI, and where paper and released code differ)")
     g.add_argument("--recipe", choices=["ours", "paper", "released"], help="of RECIPES; no sizes")
     g.add_argument("--streams", choices=["dual", "single"], help="single: no anatomy, no mask")
-    g.add_argument("--contrast", choices=["prototype", "random", "none"], help="prototype: PCL")
+    g.add_argument("--contrast", choices=["prototype", "random", "none"], help="paper: prototype")
     g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1; roco 0.1)")
     g.add_argument("--beta", type=number(float, 0), help="weight of ICL (1; synthetic 10)")
     g.add_argument("--separate", type=number(float, 0), help="weight of the swap loss (0)")
@@ -146,7 +146,7 @@ def resolve(args, saved):
     defaults = {"synthetic": SYNTHETIC, "roco": ROCO}.get(data, FULL_SIZE) | {
         "data": data, "recipe": recipe}
     defaults |= {k: row[column] for k, row in RECIPES.items() if row[column] != "preset"}
-    kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps")}
+    kept = {k: v for k, v in saved.items() if k not in ("resume", "max_steps", "compile")}
     vars(args).update(defaults | kept | flags)  # the last one counts
     if args.streams == "single":
         args.beta, args.separate = 0.0, 0.0  # they need an anatomy stream

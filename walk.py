@@ -3,10 +3,10 @@
     python walk.py              # a phantom, ten seconds, no training; writes out/walk.jpg .txt .png
     python walk.py --seed 3     # another one
 
-Every tensor is printed with its shape and the equation of the paper that makes it. The network is
-that of the phantoms with random weights; the queries are the published 75 pathologies and 51
-anatomies. Features, mask and prototypes are made a second time, to be shown; the rest is what
-training calls.
+Every tensor is printed with its shape and, where it has one, its equation. The network is that of
+the phantoms with random weights; the queries are the published 75 pathologies and 51 anatomies.
+Some tensors are made a second time, to be shown; the rest is what training calls, but for the
+augmentation.
 """
 from pathlib import Path
 
@@ -77,7 +77,7 @@ def look(model, image, p_text, a_text):
 def sum_losses(out, y, p_text, a_text):
     """Eqs. 2-7. What the report does not mention counts as denied, as in the paper."""
     print("losses (Eq. 2 and Sec. II-B.3): losses.py")
-    y = y.clamp(min=0)
+    y = y.clamp(min=0)  # shown here; medslip_loss does it itself
     present = (y == 1).float()                                                  # [B,n,m]
     y_p, y_a = image_labels(y)
     places = present.transpose(1, 2) @ a_text / present.sum(1).clamp(min=1)[..., None]
