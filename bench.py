@@ -153,8 +153,9 @@ def main(args):
         seconds = Timer("step()", globals=step, num_threads=threads).timeit(args.steps).mean
         if case == "floor":
             floor = seconds
+        peak = torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else math.nan
         print(f"{case:<9}{seconds:9.4f}{args.batch_size / seconds:10.1f}{seconds / floor:10.2f}"
-              f"{torch.cuda.max_memory_allocated() / 1e6:10.0f}")
+              f"{peak:10.0f}")
 
 
 if __name__ == "__main__":

@@ -267,7 +267,7 @@ def add_data_flags(parser):
     g = parser.add_argument_group("data")
     g.add_argument("--root", help="the data as downloaded (data/<dataset>)")
     g.add_argument("--cache-dir", help="where prepared images go (inside the root)")
-    g.add_argument("--views", choices=["frontal", "all"], help="default: see formats/<dataset>.py")
+    g.add_argument("--views", choices=["frontal", "all"], help="default: as formats/ says")
     g.add_argument("--labels", choices=["chexpert", "negbio", "manual"],
                    help="label file of mimic (chexpert); manual: by radiologists")
     g.add_argument("--triplets", help="rules (default), a RadGraph .json, or the folder of "

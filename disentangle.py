@@ -1,6 +1,6 @@
 """Do two streams keep apart what a film shows and where? Measures, and the task that prints them.
 
-    python evaluate.py --task embedding             # prints and draws all of them
+    python evaluate.py --task embedding             # prints all, draws some
     python -m pytest tests/test_disentangle.py      # each of them on cases that a pencil can check
 
 The paper shows three pictures (Figs. 5, 6, 8). Here is what a picture cannot show: probes, CKA,

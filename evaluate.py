@@ -36,7 +36,7 @@ def add_flags(p):
     """The flags of evaluate.py and finetune.py."""
     p.add_argument("--dataset", default="synthetic", choices=data.DATASETS)
     p.add_argument("--checkpoint", default="out/ckpt.pt", metavar="FILE_OR_HUB_ID")
-    p.add_argument("--image-size", type=number(int, 16), help="pixels a side (the checkpoint's)")
+    p.add_argument("--image-size", type=number(int, 16), help="pixels a side")
     p.add_argument("--batch-size", type=number(int, 1))
     p.add_argument("--bootstrap", type=number(int, 1), default=1000, help="resamples of patients")
     p.add_argument("--seed", type=number(int, 0), default=0)
@@ -54,7 +54,7 @@ def parse_args(argv=None):
                    help="published: says which scores are the paper's, and uses its covidx prompt")
     p.add_argument("--limit", type=number(int, 1), help="only the first N images of a split")
     p.add_argument("--image", default="", metavar="FILE", help="a radiograph, for predict")
-    p.add_argument("--prompt", help="asks in your words for the one label without a stored query")
+    p.add_argument("--prompt", help="your words for the only label (or the only new one)")
     p.add_argument("--text-encoder", metavar="NAME", help="of new prompts (the checkpoint's)")
     p.add_argument("--pathology-book", metavar="FILE", help="prompts for a published checkpoint")
     p.add_argument("--attention", default="own", choices=["own", "pathology"],

@@ -20,6 +20,7 @@ Differs from the paper:
 Differs from the released code:
 - The mask passes a sigmoid as in the paper; released: no activation (`mask="linear"`).
 - ICL has the paper's projections Z1; released: a plain dot product (`icl="dot"`).
+- ProtoCL reads I_q before its dropout; released: after it (`proto_from="dropped"`).
 - One existence logit instead of a softmax over two: the same function, their difference.
 - Each stream trains a last LayerNorm of its own; the two released streams share one.
 - Initial weights depend on the width of a layer, on the text vectors and on how often a label is

@@ -94,7 +94,7 @@ def parse_args(argv=None):
     g.add_argument("--start-from", metavar="FILE", help="copy all weights of FILE at step 0")
     g.add_argument("--init-std", type=number(float, 0), help="of linear weights; 0: from the data")
     g = p.add_argument_group("ablation (Table VI, and where paper and released code differ)")
-    g.add_argument("--recipe", choices=["ours", "paper", "released"], help="of RECIPES; no sizes")
+    g.add_argument("--recipe", choices=["ours", "paper", "released"], help="see RECIPES")
     g.add_argument("--streams", choices=["dual", "single"], help="single: no anatomy, no mask")
     g.add_argument("--contrast", choices=["prototype", "random", "none"], help="paper: prototype")
     g.add_argument("--alpha", type=number(float, 0), help="weight of ProtoCL (1; roco 0.1)")
