@@ -46,8 +46,9 @@ def load_model(path_or_hub_id, map_location="cpu", model=None):
     """
     checkpoint = read_checkpoint(path_or_hub_id, map_location)
     try:
-        weights = {name.removeprefix("module."): value  # the prefix is DDP's
-                   for name, value in checkpoint.get("model", checkpoint).items()}
+        weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value  # of DDP, torch.compile
+                   for name, value in checkpoint.get("model", checkpoint).items()
+                   if not re.search(r"(text_encoder|bert_model)\.", name)}  # E_T, saved along
         if any(name.startswith("res_features.") for name in weights):
             weights, config = convert_published(weights)
         else:  # a field that is newer than the file takes its default

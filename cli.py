@@ -5,6 +5,7 @@ line on stderr that says how to mend it, and exit status 2.
 """
 import argparse
 import contextlib
+import io
 import json
 import os
 import signal
@@ -84,6 +85,14 @@ def atomic(path):
 def ignore_sigterm(_):
     """A loader's worker serves on when SIGTERM reaches the whole process group."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def save_tensors(path, tensors):
+    """torch.save by `atomic`. Through memory, as torch's writer hides a full disk."""
+    file = io.BytesIO()
+    torch.save(tensors, file)
+    with atomic(path) as draft:
+        draft.write_bytes(file.getbuffer())
 
 
 def open_log(path, step):

@@ -60,9 +60,13 @@ class Table:
         self.patients = np.array([item.patient for item in items])
         self.splits, self.split_source = settle_splits(items, FORMATS[dataset].SHARES)
         self.splits[list(unusable)] = "skipped"  # these rows stay black
-        self.reports = [reports.get(item.id) for item in items]  # lists: 0.7 GB for MIMIC
+        shared = {}  # equal triplets are one object: MIMIC's would take 0.7 GB in every process
+        self.reports = [reports.get(item.id) for item in items]
+        for i, found in enumerate(self.reports):
+            if found is not None:
+                self.reports[i] = [shared.setdefault(tuple(t), Triplet(*t)) for t in found]
         self.has_report = np.array([bool(triplets) for triplets in self.reports])
-        self.known = {t[0] for triplets in self.reports for t in triplets or ()}  # pathologies
+        self.known = {t.pathology for t in shared.values()}  # pathologies that reports name
         self.hidden = set()  # pathologies that count nowhere, not even as rare: train.py --hold-out
         self.label_names, present = list(FORMATS[dataset].LABELS), []  # present: sets of names
         if dataset == "synthetic":  # by what is in the film, whatever its report says
@@ -87,7 +91,7 @@ class Table:
 
     def triplets(self, i):
         """[Triplet] of image i's report, concepts by their own names, without what is in doubt."""
-        return [Triplet(*t) for t in self.reports[i] or () if t[0] not in self.hidden]
+        return [t for t in self.reports[i] or () if t.pathology not in self.hidden]
 
     def existence(self, rows, pathologies, anatomies):
         """int8 [B,n,m] of the reports of `rows`: 1 present, 0 denied, -1 not mentioned."""
@@ -149,13 +153,11 @@ def load(dataset, root=None, size=256, cache_dir=None, views=None, labels="chexp
     kind = "-eq" if equalize else ""
     folder = Path(cache_dir or root, f"prepared-{size}{kind}-{digest}")
     try:
-        if check and folder.exists():
-            shutil.rmtree(folder)  # what was prepared
-        images, unusable = prepare_images(root, items, folder, size, equalize, workers)
-        reports = read_reports(root, items, folder, triplets, workers)
-    except OSError as error:  # no space left, or a root that is read-only
-        raise InputError(f"cannot prepare {folder} ({error.strerror}); what was finished is kept; "
-                         "--cache-dir DIR puts it elsewhere") from None
+        images, unusable = prepare_images(root, items, folder, size, equalize, workers, check)
+        reports = read_reports(root, items, folder, triplets, workers, check)
+    except (OSError, ValueError) as error:  # no space, a read-only root; a damaged folder
+        raise InputError(f"cannot prepare {folder} ({error}); what was finished is kept; delete it "
+                         "if it is damaged; --cache-dir DIR puts it elsewhere") from None
     table = Table(dataset, root, items, images, reports, unusable, problems, equalize)
     if not len(table.rows()):  # such as a root without the archive of the images
         raise InputError(f"{root}: none of {len(items)} images can be used: {table.problems[-1]}")

@@ -92,7 +92,8 @@ def classification(args, model, table, rows):
     """Does an image show it (Table III, Fig. 4)? Each label of the data set."""
     names = np.array(table.label_names)                                         # [L]
     if not len(names):
-        raise InputError(f"{table.dataset} has no labels of its own; try --task relation")
+        raise InputError(f"{table.dataset} has no labels (of captions, ten test images must show "
+                         "one); try --task relation")
     labels = dict(zip(table.label_names, table.label_pathologies))  # of text.py, or None
     texts, columns, unseen = questions(model, labels, args.prompt, args.text_encoder)
     # every stored query is asked, as queries look at each other; these columns are read

@@ -38,7 +38,8 @@ import data
 import figures
 import metrics
 from checkpoint import load_model
-from cli import InputError, Parser, atomic, number, pick_amp, pick_device, print_table, run
+from cli import (InputError, Parser, number, pick_amp, pick_device, print_table, run,
+                 save_tensors)
 from evaluate import add_flags, write_results
 from model import build_backbone
 from train import learning_rate
@@ -333,8 +334,7 @@ def main(args):
     arrays = {"ids": np.array(table.ids)[test.rows], "names": labels, "labels": test.targets,
               "scores": answers}
     stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
-    with atomic(f"{stem}.pt") as draft:
-        torch.save(net.state_dict(), draft)
+    save_tensors(f"{stem}.pt", net.state_dict())
     write_results(stem, result, arrays, draw)
 
 

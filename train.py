@@ -18,14 +18,15 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from checkpoint import ask, build_queries, load_model, training_state
-from cli import (InputError, Parser, atomic, ignore_sigterm, join_processes, number, open_log,
-                 pick_amp, run)
+from cli import (InputError, Parser, ignore_sigterm, join_processes, number, open_log, pick_amp,
+                 run, save_tensors)
 from data import DATASETS, Batches, add_data_flags, load_from_args, to_input
 from losses import image_labels, medslip_loss
 from metrics import classification_scores
@@ -180,7 +181,10 @@ def released_rate(step, per_epoch, epochs, lr, min_lr):
 def prepare(args, saved, rank, world):
     """The table and the queries. The first process prepares, the others wait and find it done."""
     if rank > 0:
-        torch.distributed.barrier()  # until the first process is through
+        try:
+            torch.distributed.barrier()  # until the first process is through
+        except RuntimeError:
+            sys.exit(2)  # it has ended, and has said why
     table = load_from_args(args, args.image_size)
     if not table.has_report[table.rows("train")].any():
         raise InputError(f"no training image of {table.root} has a report with a usable triplet; "
@@ -228,7 +232,8 @@ def validate(model, table, queries, args, autocast):
         labels = labels.clamp(min=0)
     model.eval()  # no dropout; batch norm by its running statistics
     with autocast:
-        answers = ask(args, model, table.images, rows, [kind["text"].to(device) for kind in kinds],
+        answers = ask(SimpleNamespace(batch_size=64, image_size=args.image_size), model,
+                      table.images, rows, [kind["text"].to(device) for kind in kinds],
                       lambda out: {"logits": out.pathology_logits.float()})
     return classification_scores(labels.numpy(), answers["logits"])["auroc"] or 0.0
 
@@ -296,12 +301,12 @@ def main(args):
     def save(name):
         if not all(p.isfinite().all() for p in parameters):
             stop_at("weights are")
-        with atomic(out_dir / name) as draft:
-            torch.save({"model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(), "config": vars(raw_model.config),
-                        "args": vars(args), "epoch": step // per_epoch, "step": step,
-                        "best": best, "queries": queries,  # so inference needs no text encoder
-                        "rng": torch.get_rng_state()}, draft)  # a record: each step seeds itself
+        save_tensors(out_dir / name, {
+            "model": raw_model.state_dict(), "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(), "config": vars(raw_model.config), "args": vars(args),
+            "epoch": step // per_epoch, "step": step, "best": best,
+            "queries": queries,  # so inference needs no text encoder
+            "rng": torch.get_rng_state()})  # a record: each step seeds itself
 
     # ---- loop; SIGTERM and SIGINT end it after the step in flight
     stop = []

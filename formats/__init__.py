@@ -70,8 +70,18 @@ def find(root, *names):
     return None
 
 
+class Row(dict):
+    """A row of a csv by its columns."""
+    def __init__(self, path, cells):
+        super().__init__(cells)
+        self.path = path
+
+    def __missing__(self, column):
+        raise InputError(f"{self.path} lacks the column {column!r}; download it again")
+
+
 def csv_rows(root, *names):
-    """Yield the rows of a csv that `find` finds, as dicts, names and cells stripped; else none."""
+    """Yield the rows of a csv that `find` finds, names and cells stripped; else none."""
     path = find(root, *names)
     if path is None:
         return
@@ -79,7 +89,7 @@ def csv_rows(root, *names):
     try:
         with fsspec.open(path, "rt", **how) as file:
             for row in csv.DictReader(file, restval=""):  # a row may be cut off
-                yield {name.strip(): cell.strip() for name, cell in row.items() if name}
+                yield Row(path, {name.strip(): cell.strip() for name, cell in row.items() if name})
     except Exception as error:  # gzip, zip and csv raise different ones on a damaged file
         raise InputError(f"{path} is damaged ({error}); download it again") from None
 

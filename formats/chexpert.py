@@ -23,8 +23,8 @@ TABLES = {f"{RELEASE}/{table}": "Path," + ",".join(LABELS) for table in FILES}
 
 
 def label_values(row):
-    """The 14 labels of a csv row; KeyError where a cell holds something else."""
-    return tuple(VALUE[row.get(label, "")] for label in LABELS)
+    """The 14 labels of a csv row, -1 without a column; KeyError at another value."""
+    return tuple(VALUE[row[label]] if label in row else -1 for label in LABELS)
 
 
 def read(root, views, labels, problems):

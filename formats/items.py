@@ -40,7 +40,9 @@ def read_items(dataset, root, views, labels):
         else:
             kept[item.id] = item
     if not kept:
-        raise InputError(f"{root}: no usable row; the first problem: {problems[:1]}")
+        source = " or ".join(FORMATS[dataset].FILES)
+        raise InputError(f"{root}: no usable row in {source}; is it a web page, or cut off? "
+                         f"{problems[:1]}")
     return list(kept.values()), problems
 
 

@@ -39,7 +39,8 @@ def read_labels(root, labels, problems):
     if labels in ("negbio", "manual") and find(root, table) is None:
         raise InputError(f"{root} lacks {table}; leave --labels out")
     for row in csv_rows(root, table):
-        row.setdefault("Lung Opacity", row.get("Airspace Opacity", ""))
+        if "Airspace Opacity" in row:
+            row["Lung Opacity"] = row["Airspace Opacity"]
         with skip_if_bad(problems, f"labels of study {row['study_id']}"):
             values[row["study_id"]] = label_values(row)
     return values
@@ -51,6 +52,8 @@ def read(root, views, labels, problems):
         boxes[row["dicom_id"]].append(row)
     view_of = {row["dicom_id"]: row["ViewPosition"]
                for row in csv_rows(root, "mimic-cxr-2.0.0-metadata.csv")}
+    if not view_of:
+        raise InputError(f"{root} lacks mimic-cxr-2.0.0-metadata.csv, which lies beside split.csv")
     values = read_labels(root, labels, problems)
     above = "mimic-cxr-reports/" if Path(root, "mimic-cxr-reports").is_dir() else ""
     for row in csv_rows(root, *FILES):

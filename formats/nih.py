@@ -27,6 +27,8 @@ def read(root, views, labels, problems):
     paths, boxes = paths_by_stem(root), collections.defaultdict(list)
     test_list = find(root, "test_list.txt")
     tests = set(test_list.read_text().split()) if test_list else set()
+    if not any(name.endswith(".png") for name in tests):
+        problems.append(("no official split", "test_list.txt is missing or no list of names"))
     for row in csv_rows(root, "BBox_List_2017.csv"):
         with skip_if_bad(problems, f"box of {row['Image Index']}"):
             label = row["Finding Label"].replace("Infiltrate", "Infiltration")

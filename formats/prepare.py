@@ -56,7 +56,14 @@ def decode(root, size, equalize, item):
         return None
 
 
-def prepare_images(root, items, folder, size, equalize, workers):
+def write_at(path, offset, data):
+    """Through a file, not through a map, where a full disk would kill the process."""
+    with open(path, "r+b", buffering=0) as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def prepare_images(root, items, folder, size, equalize, workers, again=False):
     """Decodes what is not ready -> (images uint8 [N,S,S] memory-mapped, {row: why not usable})."""
     if not folder.exists():
         with new_folder(folder) as draft:
@@ -65,19 +72,15 @@ def prepare_images(root, items, folder, size, equalize, workers):
             np.lib.format.open_memmap(draft / "images.npy", "w+", np.uint8, shape)
             np.save(draft / "state.npy", np.zeros(len(items), np.int8))
     images, unusable = np.load(folder / "images.npy", mmap_mode="r"), {}
-    rows = np.flatnonzero(np.load(folder / "state.npy") != 1).tolist()
-    if not rows:  # nothing to write: the folder may be read-only
-        return images, unusable
-    state = np.load(folder / "state.npy", mmap_mode="r+")
-    # written through a file, not through the map, where a full disk would kill the process
-    with open(folder / "images.npy", "r+b", buffering=0) as file:
-        decoded = in_workers(partial(decode, root, size, equalize), [items[row] for row in rows],
-                             workers, "images")
-        for row, pixels in zip(rows, decoded):
-            if pixels is None:
-                unusable[row] = trouble(os.path.join(root, items[row].path))
-                continue
-            file.seek(images.offset + row * size * size)
-            file.write(pixels.tobytes())
-            state[row] = 1
+    state = np.load(folder / "state.npy", mmap_mode="r")
+    rows = range(len(items)) if again else np.flatnonzero(state != 1).tolist()
+    decoded = in_workers(partial(decode, root, size, equalize), [items[row] for row in rows],
+                         workers, "images")
+    for row, pixels in zip(rows, decoded):  # where none is usable the folder may be read-only
+        if pixels is None:
+            unusable[row] = trouble(os.path.join(root, items[row].path))
+        else:
+            write_at(folder / "images.npy", images.offset + row * size * size, pixels.tobytes())
+        if state[row] != (pixels is not None):
+            write_at(folder / "state.npy", state.offset + row, bytes([pixels is not None]))
     return images, unusable

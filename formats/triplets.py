@@ -1,5 +1,5 @@
 """Triplets of reports: by the rules from their text, or from RadGraph's JSON or the published
-matrix. What the rules gave is kept beside the prepared images.
+matrix. They are kept beside the prepared images.
 """
 import hashlib
 import json
@@ -24,22 +24,35 @@ def definite(triplets):
 def read_report(root, item):
     path = Path(root, item.report)
     text = path.read_text("utf-8", "replace") if path.is_file() else item.note
-    return definite(extract_triplets(text, buckets=False))
+    return definite(extract_triplets(text, buckets=False)) if text.strip() else None
 
 
-def read_reports(root, items, folder, source, workers):
+def key_of(items, source):
+    """A text that changes where the triplets may."""
+    if source == "rules":
+        return "\n".join([rules_key(), *[item.note for item in items]])
+    try:
+        return f"{source} {os.path.getmtime(source)}"
+    except OSError as error:
+        raise InputError(f"--triplets {source}: {error.strerror}") from None
+
+
+def read_reports(root, items, folder, source, workers, again=False):
     """{item id: its `definite` triplets}, nothing or None where there is no report. source: rules,
     a RadGraph file, or the folder of the published matrix and train.json."""
-    if source != "rules":
-        return look_up(items, source)
-    key = "\n".join([rules_key(), *[item.note for item in items]])
-    path = folder / f"triplets-{hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    unread = [item for item in items if item.id not in found  # also reports that were added since
-              and (item.note.strip() or os.path.isfile(os.path.join(root, item.report)))]
-    if unread:
+    digest = hashlib.sha256(key_of(items, source).encode()).hexdigest()[:12]
+    path, found, added = folder / f"triplets-{digest}.json", {}, {}
+    if path.exists() and not again:
+        found = json.loads(path.read_text())
+    if source == "rules":  # also reports that were added since
+        unread = [item for item in items if found.get(item.id) is None
+                  and (item.note.strip() or os.path.isfile(os.path.join(root, item.report)))]
         read = in_workers(partial(read_report, root), unread, workers, "reports")
-        found |= {item.id: triplets for item, triplets in zip(unread, read)}
+        added = {item.id: triplets for item, triplets in zip(unread, read) if triplets is not None}
+    elif not found:
+        added = look_up(items, source)
+    if added:
+        found |= added
         with atomic(path) as draft:
             draft.write_text(json.dumps(found))
     return found
