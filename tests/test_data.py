@@ -117,16 +117,18 @@ def test_what_was_drawn(phantoms):
 
 
 def test_reports_are_read_once_and_again_when_some_were_added(copy, monkeypatch):
-    gone = next(copy.glob("files/*/*/*.txt"))
+    gone, blank = sorted(copy.glob("files/*/*/*.txt"))[:2]
     text = gone.read_text()
     gone.unlink()
+    blank.write_text(" \n")
     table = load(copy)
-    assert table.reports.count(None) == 1
+    assert table.reports.count(None) == 2
     monkeypatch.setattr("formats.triplets.extract_triplets", lambda text, buckets: [])
     again = load(copy)
     assert all(again.triplets(i) == table.triplets(i) for i in range(160))
     gone.write_text(text)
-    assert load(copy).reports.count([]) == again.reports.count([]) + 1  # this one alone was read
+    blank.write_text(text)
+    assert load(copy).reports.count([]) == again.reports.count([]) + 2  # these alone were read
 
 
 def test_triplets_from_radgraph_and_from_the_published_matrix(copy, tmp_path):
@@ -167,6 +169,18 @@ def test_damaged_images_are_counted_and_tried_again(copy):
     for path, content in zip(images, whole):
         path.write_bytes(content)
     assert len(load(copy).rows()) == len(images)
+
+
+def test_a_prepared_folder_that_was_cut_off(copy):
+    load(copy)
+    for name in ("images.npy", "state.npy", "triplets-*.json"):
+        path = next(copy.glob(f"prepared-*/{name}"))
+        whole = path.read_bytes()
+        path.write_bytes(whole[:len(whole) // 2])
+        with pytest.raises(InputError, match="delete it"):
+            load(copy)
+        path.write_bytes(whole)
+    assert len(load(copy).rows()) == 160
 
 
 def test_a_preparation_that_was_killed_goes_on(copy, monkeypatch):

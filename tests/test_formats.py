@@ -105,6 +105,12 @@ def test_labels_have_names_in_the_vocabulary():
     assert PATHOLOGY["Fibrosis"] == "tail_abnorm_obs" and "COVID-19" not in PATHOLOGY
 
 
+def test_a_missing_column_is_named_with_its_file(tmp_path):
+    fill(tmp_path, {"Data_Entry_2017.csv": "Image Index,Patient ID\na.png,1\n"})
+    with pytest.raises(InputError, match="Data_Entry_2017.csv lacks the column 'Finding Labels'"):
+        read("nih", tmp_path)
+
+
 def test_mimic_label_files_views_and_bad_rows(tmp_path):
     fill(tmp_path, {
         "mimic-cxr-2.0.0-split.csv.gz": "dicom_id,study_id,subject_id,split\na,51,1012,train\n"
