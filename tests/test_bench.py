@@ -19,7 +19,8 @@ def test_loops_and_matrices_agree():
 
 
 def test_each_case_is_measured(capsys):
-    bench.main(bench.parse_args(["--image-size=32", "--batch-size=2", "--steps=1", "--device=cpu"]))
-    lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[0] for line in lines] == list(bench.CASES)
-    assert all(float(line.split()[1]) > 0 for line in lines)
+    flags = ["--image-size=32", "--batch-size=2", "--steps=1", "--device=cpu"]
+    bench.main(bench.parse_args([*flags, "--cases=floor"]))
+    assert "floor" in capsys.readouterr().out
+    for case in bench.CASES:  # here, as a process for each takes seconds to start
+        assert bench.measure(case, bench.parse_args(flags))[0] > 0
