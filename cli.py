@@ -110,16 +110,18 @@ def pick_device(name=None):
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name} cannot be used here; leave it out") from None
+        raise InputError(f"--device {name} cannot be used here; leave it out, or start fewer "
+                         "processes") from None
     return torch.device(name)
 
 
 def join_processes(name=None):
     """-> (device, rank, number of processes); joins the other processes under torchrun."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and name != "cpu" and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"  # at once, so that nothing is put on GPU 0
     device, backend = pick_device(name), "gloo"
     if world > 1 and device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # gloo carries small flags, so that no GPU waits for them
     if world > 1:  # a day, because the others wait while the first process prepares a data set
