@@ -130,7 +130,7 @@ def embedding(args, model, table, rows):
     if len(rows) < 20 or len(names) < 2:
         raise InputError(f"{args.dataset} has too few labels or images; two labels, 20 images")
     rows = np.random.default_rng(args.seed).permutation(rows)[:1000]  # t-SNE of more takes minutes
-    labels, patients = table.labels[rows], np.array(table.patients)[rows]       # [N,L], [N]
+    labels, patients = table.labels[rows], table.patients[rows]       # [N,L], [N]
     texts, columns, _ = questions(model, names, args.prompt, args.text_encoder)
     asked = [columns[name] for name in names]                                   # [L]
     targets, pairs = {"pathology": labels}, None
@@ -174,6 +174,6 @@ def embedding(args, model, table, rows):
         for title in networks:
             print_table(f"{test}, {title}", result[title][test], next(iter(lines.values())))
     arrays = {name: x for name, x in stages["trained"].items() if x.ndim == 2}  # [N,D]
-    arrays["ids"] = np.array(table.ids)[rows]
+    arrays["ids"] = table.ids[rows]
     return result, arrays, lambda path: figures.draw_embedding(path, stages, asked, list(names),
                                                                labels, result)

@@ -107,7 +107,7 @@ def classification(args, model, table, rows):
     if len(held):
         held_scores = ask(args, model, table.images, held, texts, pick)["scores"]
         thresholds, source = metrics.best_thresholds(table.labels[held], held_scores), "validate"
-    patients, new = np.array(table.patients)[rows], np.isin(names, unseen)      # [N], [L]
+    patients, new = table.patients[rows], np.isin(names, unseen)      # [N], [L]
     blocks, lines = [], {}
     # an unseen disease does not count in the mean that training is judged by
     for title, part in (("trained on", ~new), ("not trained on", new)):
@@ -126,7 +126,7 @@ def classification(args, model, table, rows):
               "trivial": {"auroc": 0.5}}
     if len(blocks) == 2:
         result["unseen"] = blocks[1]
-    arrays = {"ids": np.array(table.ids)[rows], "names": names, "labels": truth, "scores": scores}
+    arrays = {"ids": table.ids[rows], "names": names, "labels": truth, "scores": scores}
     per_class = {name: lines[name] for name in names}
     return result, arrays, lambda path: figures.draw_classes(path, per_class)
 
@@ -178,7 +178,7 @@ def grounding(args, model, table, rows):
     # the trivial answer: where a label mostly lies; 2,000 images are enough for a mean
     fixed = metrics.fixed_answers(marks_of(table, table.rows("train")[:2000]))
     each = np.array([metrics.all_scores(f, fixed, threshold) for f in found])   # [findings,5,5]
-    patients = np.array(table.patients)[[f.row for f in found]]                 # [findings]
+    patients = table.patients[[f.row for f in found]]                 # [findings]
     names = np.array([f.label for f in found])                                  # [findings]
     result = metrics.grounding_summary(names, each, patients, args.bootstrap, args.seed)
     drops = faithfulness(args, model, found, texts, columns)  # is the map what the answer uses?
@@ -243,7 +243,7 @@ def relation(args, model, table, rows):
         print_table("cells", apart, ("auroc", "place_top1", "n"))
     print(f"{len(rows)} images of {args.split}; truth: {source}")
     result = {**scores.pop("model"), "trivial": scores, "place": place, "truth": source, **apart}
-    arrays = {"ids": np.array(table.ids)[rows], "truth": truth, "pathologies": names[0],
+    arrays = {"ids": table.ids[rows], "truth": truth, "pathologies": names[0],
               "anatomies": names[1], "scores": said["pairs"].astype(np.float32)}
     return result, arrays, lambda path: figures.draw_relation(
         path, (truth == 1).mean(0), said["pairs"].mean(0), *names)

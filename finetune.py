@@ -117,7 +117,7 @@ class Images(Dataset):
         if not ((self.targets == 1).any(0) & (self.targets == 0).any(0)).any():
             raise InputError(f"{args.dataset}: the images of {splits} do not both show and lack "
                              f"any of {labels}; see --label (of masks: {MASKS})")
-        self.patients = np.array(table.patients)[self.rows]
+        self.patients = table.patients[self.rows]
         # mirroring is safe: no label and no mask here says left or right
         self.move = v2.Compose([
             v2.Resize([self.size, self.size]), v2.RandomHorizontalFlip(),
@@ -331,7 +331,7 @@ def main(args):
     scores, answers, draw = score(args, net, labels, train, held, test)
     result = {"task": args.task, "dataset": args.dataset, "labels": labels, **scores,
               "n_train": len(train), "curve": curve, "args": vars(args)}
-    arrays = {"ids": np.array(table.ids)[test.rows], "names": labels, "labels": test.targets,
+    arrays = {"ids": table.ids[test.rows], "names": labels, "labels": test.targets,
               "scores": answers}
     stem = Path(args.out_dir, "eval", f"{args.dataset}_finetune-{args.task}")
     save_tensors(f"{stem}.pt", net.state_dict())

@@ -85,7 +85,7 @@ def test_an_image_and_its_mask_move_together():
     """An image that is its own mask still is it afterwards, but for pixels on the edge."""
     masks = np.zeros((16, 48, 48), np.uint8)
     masks[1:, 8:30, 20:44] = 1
-    table = Namespace(images=255 * masks, patients=["p"] * 16, splits=["train"] * 16,
+    table = Namespace(images=255 * masks, patients=np.full(16, "p"), splits=["train"] * 16,
                       mask=lambda row, label: masks[row])
     args = Namespace(task="segmentation", image_size=48)
     images = finetune.Images(args, table, ["train"], ["lung"])
